@@ -1,0 +1,76 @@
+"""The motion discriminator: optical flow as a three-channel video, seen through the first blocks of the pretrained DiT.
+
+flow [B, 2, T-1, H, W] -> motion_tensor -> o [B, 3, T, H, W] -> vae.encode -> latents [B, C, f, h, w] -> MotionDiscriminator -> [B].
+Appearance never enters: the only thing that tells real from generated is how things move (paper Sec. 4.3, App. A).
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import Attention, WanDiT
+
+PROMPT = "a video with good motion"  # paper App. A; CHOICE: without the full stop, which is there in only one of its two places
+
+
+def motion_tensor(flow, scale=16.0):
+    """The motion representation o [B, 3, T, H, W] in (-1, 1) of a flow [B, 2, T-1, H, W] in pixels per frame (paper App. A).
+
+    The last flow is repeated, so that T = 1 + 4k like the video; the third channel is the magnitude.
+    scale: the speed in pixels per frame that maps to 0.71, one number for real and generated clips alike.
+    """
+    flow = torch.cat([flow, flow[:, :, -1:]], dim=2)                              # [B, 2, T, H, W]
+    # CHOICE: flow / sqrt(scale^2 + |flow|^2); the paper gives no range and the VAE expects [-1, 1]. It keeps direction, and
+    # unlike a clamp it keeps a gradient for fast motion.
+    squared = flow.square().sum(dim=1, keepdim=True) + 1e-6                       # no infinite slope where nothing moves
+    bound = (squared + scale**2).rsqrt()
+    return torch.cat([flow * bound, 2 * squared.sqrt() * bound - 1], dim=1)       # [B, 3, T, H, W]
+
+
+class PredictionHead(nn.Module):
+    """A learned token cross-attends to one block's output and passes a small MLP (the heads of APT, arXiv 2501.08316)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.token = nn.Parameter(0.02 * torch.randn(1, 1, cfg.dim))
+        self.norm, self.norm_mlp = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)
+        self.attn = Attention(cfg)
+        self.mlp = nn.Sequential(nn.Linear(cfg.dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+
+    def forward(self, x):
+        dtype = self.token.dtype
+        x = F.layer_norm(x, x.shape[-1:], self.norm.weight.float(), self.norm.bias.float()).to(dtype)
+        token = self.token + self.attn(self.token.expand(len(x), -1, -1), x)      # [B, 1, D]
+        return (token + self.mlp(self.norm_mlp(token)))[:, 0]                     # [B, D]
+
+
+class MotionDiscriminator(nn.Module):
+    """First `depth` blocks of a WanDiT with heads after blocks `taps`; motion latents in, one logit a clip out (paper Fig. 2)."""
+
+    def __init__(self, cfg, depth=16, taps=(7, 13, 15)):
+        super().__init__()
+        if not 0 <= min(taps) <= max(taps) < depth <= cfg.layers:
+            raise ValueError(f"expected taps below depth {depth} and depth at most {cfg.layers}, the DiT's layers, got taps {taps}")
+        self.taps = taps  # CHOICE: 0-based, so that 15 is the last of 16 blocks
+        self.trunk = WanDiT(replace(cfg, layers=depth))
+        del self.trunk.head
+        self.heads = nn.ModuleList(PredictionHead(cfg) for _ in taps)
+        self.logit = nn.Sequential(nn.LayerNorm(len(taps) * cfg.dim), nn.Linear(len(taps) * cfg.dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, 1))
+
+    def forward(self, o, t, context):
+        """Logits [B] fp32 of motion latents o [B, C, f, h, w]; t [B], the paper's t* = 0; context [B, text_len, text_dim] of PROMPT."""
+        x, _, e0, context, rope = self.trunk.embed(o, t, context)
+        tokens, heads = [], iter(self.heads)
+        for i, block in enumerate(self.trunk.blocks):
+            x = block(x, e0, context, rope)
+            if i in self.taps:
+                tokens.append(next(heads)(x))
+        return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)  # not a view, which FSDP's hooks mistrust
+
+    def load_trunk(self, dit):
+        """Copy the trunk from a pretrained WanDiT (at least as deep) and return self; the heads keep their own initialisation."""
+        mine = self.trunk.state_dict()
+        self.trunk.load_state_dict({key: value.clone() for key, value in dit.state_dict().items() if key in mine}, assign=True)
+        return self

@@ -1,0 +1,481 @@
+"""RAFT optical flow (Teed & Deng, arXiv 2003.12039), frozen and differentiable, over a clip; flow pictures.
+
+Flow is in pixels per frame, channels (u, v) = (x, y): u > 0 moves right, v > 0 down. Pixels are in [-1, 1], which
+is what princeton's RAFT makes of its 0..255. Inside the network, N pairs of frames [N, 3, H, W] are matched on cells
+of `cfg.stride` pixels, h = H / stride, w = W / stride; coordinates and flow are in cells there. The weights are fp32
+and inputs are cast to them. Attributes carry the names of princeton-vl/RAFT, so that loading is strict.
+"""
+
+import json
+import math
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from model import assign, read_state_dict, rename
+
+GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory grows with it, not the result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 at a quarter of the width (bottleneck), beside a shortcut."""
+
+    def __init__(self, dim_in, dim, stride, bottleneck, norm):
+        super().__init__()
+        mid = dim // 4
+        plan = [(dim_in, dim, 3, stride), (dim, dim, 3, 1)]
+        if bottleneck:
+            plan = [(dim_in, mid, 1, 1), (mid, mid, 3, stride), (mid, dim, 1, 1)]
+        for i, (a, b, kernel, step) in enumerate(plan, 1):
+            setattr(self, f"conv{i}", nn.Conv2d(a, b, kernel, step, kernel // 2))
+            setattr(self, f"norm{i}", norm(b))
+        self.depth, self.downsample = len(plan), None
+        if stride != 1 or dim_in != dim:
+            self.downsample = nn.Sequential(nn.Conv2d(dim_in, dim, 1, stride), norm(dim))
+            setattr(self, f"norm{len(plan) + 1}", self.downsample[1])  # one norm, two names in the official files
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = F.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y)))
+        return F.relu((x if self.downsample is None else self.downsample(x)) + y)
+
+
+class Encoder(nn.Module):
+    """Frames [N, 3, H, W] -> features [N, out_dim, h, w]: 7x7 stem, three stages of blocks, 1x1 head."""
+
+    def __init__(self, widths, strides, blocks, bottleneck, norm, out_dim):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, widths[0], 7, strides[0], 3), norm(widths[0])
+        dim_in = widths[0]
+        for i, (dim, stride) in enumerate(zip(widths, strides[1:]), 1):
+            first = Block(dim_in, dim, stride, bottleneck, norm)
+            rest = [Block(dim, dim, 1, bottleneck, norm) for _ in range(blocks - 1)]
+            setattr(self, f"layer{i}", nn.Sequential(first, *rest))
+            dim_in = dim
+        self.conv2 = nn.Conv2d(dim_in, out_dim, 1)
+
+    def forward(self, x):
+        x = F.relu(self.norm1(self.conv1(x.to(self.conv1.weight.dtype))))
+        return self.conv2(self.layer3(self.layer2(self.layer1(x))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Correlation
+
+
+class Correlation:
+    """All-pairs correlation pyramid of two feature maps [N, D, h, w]: built once, looked up by coordinates."""
+
+    def __init__(self, fmap1, fmap2, levels, radius):
+        N, D, h, w = fmap1.shape
+        rows = (fmap1 / math.sqrt(D)).flatten(2).transpose(1, 2)                  # [N, h w, D]
+        steps = torch.arange(-radius, radius + 1, device=fmap1.device, dtype=fmap1.dtype)
+        self.offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=2)
+        self.levels = []
+        for level in range(levels):
+            # Pooling the second map equals pooling the volume, which is far larger.
+            fmap2 = F.avg_pool2d(fmap2, 2) if level else fmap2
+            last = fmap2.new_tensor([fmap2.shape[3] - 1, fmap2.shape[2] - 1])
+            assert min(fmap2.shape[2:]) > 1, fmap2.shape  # align_corners divides by the index of the last cell
+            volume = rows @ fmap2.flatten(2)                                      # [N, h w, h w / 4^level]
+            self.levels.append((volume.view(N * h * w, 1, *fmap2.shape[2:]), last))
+
+    def __call__(self, coords):
+        """Correlations around coords [N, 2, h, w] (x, y in cells) -> [N, levels (2 radius + 1)^2, h, w].
+
+        Bilinear, zero outside the map. Channels run over levels, then x offsets, then y offsets: princeton adds a
+        (dy, dx) grid to (x, y) coordinates, and the trained weights expect the order that follows from it.
+        """
+        N, _, h, w = coords.shape
+        centers = coords.permute(0, 2, 3, 1).reshape(N * h * w, 1, 1, 2)
+        windows = []
+        for level, (volume, last) in enumerate(self.levels):
+            points = 2 * (centers / 2**level + self.offsets) / last - 1           # [N h w, 2r+1, 2r+1, 2]
+            windows.append(F.grid_sample(volume, points, align_corners=True).view(N, h, w, -1))
+        return torch.cat(windows, dim=3).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Update
+
+
+class MotionEncoder(nn.Module):
+    """Correlation window and current flow -> motion features [N, cfg.motion, h, w]; the last two are the flow."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dims = [cfg.levels * (2 * cfg.radius + 1) ** 2, *cfg.corr_dims]
+        self.convc1 = nn.Conv2d(dims[0], dims[1], 1)
+        self.convc2 = nn.Conv2d(dims[1], dims[2], 3, padding=1) if len(dims) > 2 else None
+        self.convf1 = nn.Conv2d(2, cfg.flow_dims[0], 7, padding=3)
+        self.convf2 = nn.Conv2d(cfg.flow_dims[0], cfg.flow_dims[1], 3, padding=1)
+        self.conv = nn.Conv2d(dims[-1] + cfg.flow_dims[1], cfg.motion - 2, 3, padding=1)
+
+    def forward(self, corr, flow):
+        corr = F.relu(self.convc1(corr))
+        corr = corr if self.convc2 is None else F.relu(self.convc2(corr))
+        features = F.relu(self.convf2(F.relu(self.convf1(flow))))
+        return torch.cat([F.relu(self.conv(torch.cat([corr, features], dim=1))), flow], dim=1)
+
+
+class ConvGRU(nn.Module):
+    """Convolutional GRUs on the input [context, motion], one after the other, one per kernel.
+
+    The context is the same in every iteration: `prepare` convolves it once, the loop only [hidden, motion].
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.split = [cfg.hidden, cfg.context, cfg.motion]
+        self.names = ["1", "2"] if len(cfg.gru_kernels) == 2 else [""]
+        for name, (kh, kw) in zip(self.names, cfg.gru_kernels):
+            for gate in "zrq":
+                conv = nn.Conv2d(sum(self.split), cfg.hidden, (kh, kw), padding=(kh // 2, kw // 2))
+                setattr(self, f"conv{gate}{name}", conv)
+
+    def prepare(self, context):
+        """Per GRU: weights of z, r, q on [hidden, motion]; what context adds [N, 3 hidden, h, w]; padding."""
+        passes = []
+        for name in self.names:
+            convs = [getattr(self, f"conv{gate}{name}") for gate in "zrq"]
+            weight, bias = (torch.cat([getattr(conv, p) for conv in convs]) for p in ("weight", "bias"))
+            of_hidden, of_context, of_motion = weight.split(self.split, dim=1)
+            share = F.conv2d(context, of_context, bias, padding=convs[0].padding)
+            passes.append((torch.cat([of_hidden, of_motion], dim=1), share, convs[0].padding))
+        return passes
+
+    def forward(self, hidden, motion, passes):
+        D = hidden.shape[1]
+        for weight, share, padding in passes:
+            gates = F.conv2d(torch.cat([hidden, motion], dim=1), weight[: 2 * D], padding=padding)
+            z, r = (gates + share[:, : 2 * D]).sigmoid().chunk(2, dim=1)
+            q = F.conv2d(torch.cat([r * hidden, motion], dim=1), weight[2 * D :], padding=padding)
+            hidden = (1 - z) * hidden + z * (q + share[:, 2 * D :]).tanh()
+        return hidden
+
+
+class UpdateBlock(nn.Module):
+    """One refinement: the correlation at the flow updates the hidden state, which gives the flow's change."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.encoder, self.gru = MotionEncoder(cfg), ConvGRU(cfg)
+        self.flow_head = nn.Sequential(OrderedDict(
+            conv1=nn.Conv2d(cfg.hidden, cfg.head_dim, 3, padding=1), relu=nn.ReLU(),
+            conv2=nn.Conv2d(cfg.head_dim, 2, 3, padding=1)))
+        if cfg.mask_dim:
+            self.mask = nn.Sequential(
+                nn.Conv2d(cfg.hidden, cfg.mask_dim, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(cfg.mask_dim, 9 * cfg.stride**2, 1))
+
+    def forward(self, hidden, passes, corr, flow):
+        hidden = self.gru(hidden, self.encoder(corr, flow), passes)
+        return hidden, self.flow_head(hidden)
+
+
+def convex_upsample(flow, mask, stride):
+    """Flow [N, 2, h, w] in cells -> [N, 2, H, W] in pixels, each a convex combination of the 3x3 cells around.
+
+    mask [N, 9 stride^2, h, w]: logits over the nine cells. Cells outside count as zero flow, as in princeton's.
+    """
+    N, _, h, w = flow.shape
+    weights = mask.view(N, 1, 9, stride**2, h, w).softmax(dim=2)
+    cells = F.unfold(stride * flow, 3, padding=1).view(N, 2, 9, 1, h, w)
+    return F.pixel_shuffle((weights * cells).sum(dim=2).flatten(1, 2), stride)    # [N, 2, H, W]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RAFT
+
+
+@dataclass(frozen=True)
+class RAFTConfig:
+    widths: tuple           # of the stem and stage 1, of stage 2, of stage 3
+    strides: tuple          # of the stem and the three stages; their product is the cell size in pixels
+    blocks: int             # per stage
+    bottleneck: bool        # kind of block
+    context_norm: bool      # batch norm in the context encoder; the feature encoder always has instance norm
+    fnet_dim: int           # D of the matched features
+    hidden: int             # state of the GRU
+    context: int            # its constant input
+    levels: int             # of the correlation pyramid
+    radius: int             # of the window looked up in each level, in cells
+    corr_dims: tuple        # motion encoder, correlation branch
+    flow_dims: tuple        # motion encoder, flow branch
+    motion: int             # motion features, the raw flow included
+    gru_kernels: tuple      # one convolutional GRU per (height, width)
+    head_dim: int           # flow head
+    mask_dim: int           # mask head of the convex upsampling; 0: bilinear upsampling
+
+    @property
+    def stride(self):
+        return math.prod(self.strides)
+
+    @property
+    def min_size(self):
+        """The smallest side in pixels that leaves two cells in the coarsest correlation level."""
+        return self.stride * 2**self.levels
+
+
+CONFIGS = {
+    "large": RAFTConfig((64, 96, 128), (2, 1, 2, 2), 2, False, True, 256, 128, 128, 4, 4, (256, 192), (128, 64), 128,
+                        ((1, 5), (5, 1)), 256, 256),
+    "small": RAFTConfig((32, 64, 96), (2, 1, 2, 2), 2, True, False, 128, 96, 64, 4, 3, (96,), (64, 32), 82,
+                        ((3, 3),), 128, 0),
+    "toy": RAFTConfig((24, 32, 48), (2, 1, 2, 1), 1, False, False, 64, 48, 32, 2, 3, (64,), (32, 16), 40,
+                      ((3, 3),), 64, 64),
+}
+
+
+class RAFT(nn.Module):
+    """RAFT (princeton-vl/RAFT): all-pairs correlation of two frames, looked up and refined by a GRU.
+
+    Stays in eval mode when a parent is set to train: batch statistics would make a flow depend on its batch.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        encoder = (cfg.widths, cfg.strides, cfg.blocks, cfg.bottleneck)
+        context_norm = nn.BatchNorm2d if cfg.context_norm else nn.Identity
+        self.fnet = Encoder(*encoder, nn.InstanceNorm2d, cfg.fnet_dim)
+        self.cnet = Encoder(*encoder, context_norm, cfg.hidden + cfg.context)
+        self.update_block = UpdateBlock(cfg)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def forward(self, image1, image2, iters=12):
+        """Flow [N, 2, H, W] in pixels from image1 to image2 [N, 3, H, W].
+
+        Raises ValueError for sides not divisible by cfg.stride or under cfg.min_size; video_flow pads.
+        """
+        H, W = image1.shape[2:]
+        check_size(self.cfg, H, W)
+        if H % self.cfg.stride or W % self.cfg.stride:
+            raise ValueError(f"RAFT needs H, W divisible by {self.cfg.stride}, got {H}x{W}: use pad_to_cells")
+        return self.match(self.fnet(image1), self.fnet(image2), self.cnet(image1), iters)
+
+    def match(self, fmap1, fmap2, context, iters):
+        """Flow [N, 2, H, W] in pixels from the features fnet(image1), fnet(image2) and cnet(image1)."""
+        for flow, hidden in self.refine(fmap1, fmap2, context, iters):
+            pass  # only the last flow is upsampled: the mask head costs a seventh of an iteration
+        return self.upsample(flow, hidden)
+
+    def refine(self, fmap1, fmap2, context, iters):
+        """Yield flow [N, 2, h, w] in cells and hidden state after each iteration; `upsample` makes them pixels."""
+        assert iters >= 1, iters
+        hidden, context = context.split([self.cfg.hidden, self.cfg.context], dim=1)
+        hidden, passes = hidden.tanh(), self.update_block.gru.prepare(F.relu(context))
+        correlation = Correlation(fmap1, fmap2, self.cfg.levels, self.cfg.radius)
+        N, _, h, w = fmap1.shape
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, 2, h, w)
+        for _ in range(iters):
+            flow = flow.detach()  # as in princeton's: the hidden state carries gradients between iterations
+            hidden, change = self.update_block(hidden, passes, correlation(grid + flow), flow)
+            flow = flow + change
+            yield flow, hidden
+
+    def upsample(self, flow, hidden):
+        """Flow [N, 2, h, w] in cells -> [N, 2, H, W] in pixels."""
+        stride = self.cfg.stride
+        if self.cfg.mask_dim:
+            return convex_upsample(flow, 0.25 * self.update_block.mask(hidden), stride)
+        return stride * F.interpolate(flow, scale_factor=stride, mode="bilinear", align_corners=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flow of a clip
+
+
+def check_size(cfg, H, W):
+    if min(H, W) < cfg.min_size:
+        raise ValueError(
+            f"RAFT with {cfg.levels} correlation levels on {cfg.stride}-px cells needs H, W >= {cfg.min_size}, "
+            f"got {H}x{W}, which leaves the coarsest level one cell: enlarge the frames or use fewer levels")
+
+
+def pad_to_cells(frames, stride):
+    """[N, 3, H, W] replicate-padded to multiples of stride, centred; and the padding (left, right, top, bottom)."""
+    H, W = frames.shape[2:]
+    across, down = -W % stride, -H % stride
+    padding = (across // 2, across - across // 2, down // 2, down - down // 2)
+    return F.pad(frames, padding, mode="replicate"), padding
+
+
+def in_groups(function, group, *tensors):
+    """function(*tensors) in slices of `group` along dim 0; each recomputes its activations in backward."""
+    slices = zip(*(t.split(group) for t in tensors))
+    return torch.cat([checkpoint(function, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
+
+
+def video_flow(raft, x, iters=12, group=GROUP):
+    """Flow [B, 2, T-1, H, W] in px/frame between consecutive frames of x [B, 3, T, H, W], pixels in [-1, 1].
+
+    Equals RAFT pair by pair, but each frame's features are computed once, and backward holds the activations of
+    `group` pairs only. Raises ValueError for fewer than two frames and for sides under raft.cfg.min_size.
+    """
+    B, _, T, H, W = x.shape
+    if T < 2:
+        raise ValueError(f"flow needs at least 2 frames, got {T}")
+    check_size(raft.cfg, H, W)
+    frames, (left, _, top, _) = pad_to_cells(x.transpose(1, 2).flatten(0, 1), raft.cfg.stride)
+    firsts = frames.unflatten(0, (B, T))[:, :-1].flatten(0, 1)                    # [B (T-1), 3, H, W]
+    fmaps = in_groups(raft.fnet, group, frames).unflatten(0, (B, T))              # [B, T, D, h, w]
+    context = in_groups(raft.cnet, group, firsts)                                 # [B (T-1), D', h, w]
+    flow = in_groups(lambda *pairs: raft.match(*pairs, iters), group,
+                     fmaps[:, :-1].flatten(0, 1), fmaps[:, 1:].flatten(0, 1), context)
+    flow = flow[:, :, top : top + H, left : left + W]
+    return flow.unflatten(0, (B, T - 1)).transpose(1, 2)                          # [B, 2, T-1, H, W]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weight files
+
+
+TO_PRINCETON = [  # torchvision's names, and the prefix that princeton's DataParallel left in its files
+    (r"^module\.", ""), (r"^feature_encoder\.", "fnet."), (r"^context_encoder\.", "cnet."),
+    (r"\.convnormrelu\.0\.", ".conv1."), (r"\.convnormrelu\.1\.", ".norm1."),
+    (r"^([fc]net)\.conv\.", r"\1.conv2."),
+    (r"\.convnormrelu(\d)\.0\.", r".conv\1."), (r"\.convnormrelu(\d)\.1\.", r".norm\1."),
+    (r"\.motion_encoder\.conv\.0\.", ".encoder.conv."),
+    (r"\.motion_encoder\.conv([cf])[a-z]+(\d)\.0\.", r".encoder.conv\1\2."),
+    (r"\.recurrent_block\.convgru(\d)\.conv([zrq])\.", r".gru.conv\2\1."),
+    (r"^mask_predictor\.convrelu\.0\.", "update_block.mask.0."),
+    (r"^mask_predictor\.conv\.", "update_block.mask.2."),
+]
+
+
+def princeton_raft(state):
+    """A RAFT state dict of either public layout under princeton's keys."""
+    state = rename(state, TO_PRINCETON)
+    if "update_block.gru.convz2.weight" not in state:  # a single GRU carries no number
+        state = rename(state, [(r"\.gru\.conv([zrq])1\.", r".gru.conv\1.")])
+    for key in list(state):  # one norm under two names: files hold either or both
+        for name, alias in (".0.downsample.1.", ".0.norm3."), (".0.norm3.", ".0.downsample.1."):
+            state.setdefault(key.replace(name, alias), state[key])
+    return state
+
+
+def raft_config(state, meta, source):
+    """The architecture of a file: from our header, else the row of CONFIGS with its stem."""
+    if "config" in meta:
+        as_tuple = lambda value: tuple(map(as_tuple, value)) if isinstance(value, list) else value
+        return RAFTConfig(**{key: as_tuple(value) for key, value in json.loads(meta["config"]).items()})
+    stem = state.get("fnet.conv1.weight")
+    found = [cfg for cfg in CONFIGS.values() if stem is not None and cfg.widths[0] == len(stem)]
+    if not found:
+        raise ValueError(f"expected RAFT weights in princeton's or torchvision's naming in {source}, "
+                         f"got keys such as {sorted(state)[:3]}")
+    return found[0]
+
+
+def load_raft(path, device="cpu"):
+    """A frozen fp32 RAFT from a file of princeton's or torchvision's (.pth or .safetensors), or of save_raft."""
+    state, meta = read_state_dict(path)
+    state = princeton_raft(state)
+    cfg = raft_config(state, meta, path)
+    with torch.device("meta"):
+        net = RAFT(cfg)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return assign(net, state, path).requires_grad_(False).to(device)
+
+
+def save_raft(net, path, dtype=torch.float32, **metadata):
+    """Write a RAFT under princeton's keys, floats as dtype; its config and the metadata go into the header."""
+    state = {key: value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+             for key, value in net.state_dict().items()}
+    header = {"config": json.dumps(asdict(net.cfg)), **{key: str(value) for key, value in metadata.items()}}
+    save_file(state, path, metadata={"format": "pt", **header})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+FONT = {  # five rows of three pixels a glyph, each row an octal digit
+    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717", "6": "74757",
+    "7": "71111", "8": "75757", "9": "75717", ".": "00002", " ": "00000", "/": "11244", "p": "65644",
+    "x": "55255", "f": "74644", "r": "65655", "a": "25755", "m": "57755", "e": "74647",
+}
+
+
+def draw_text(text, zoom):
+    """[5 zoom, 4 zoom len(text)] booleans, a blank column before each glyph."""
+    rows = [[int(FONT[c][row]) >> column & 1 for c in text for column in (3, 2, 1, 0)] for row in range(5)]
+    return torch.tensor(rows, dtype=torch.bool).repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+
+
+def color_wheel():
+    """The 55 hues of Baker et al. (IJCV 2011), [55, 3] in 0..1: red, yellow, green, cyan, blue, magenta, red."""
+    red, yellow, green, cyan = (1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1)
+    corners = torch.tensor([red, yellow, green, cyan, (0, 0, 1), (1, 0, 1), red]).float()
+    ramps = zip(corners, corners[1:], (15, 6, 4, 11, 13, 6))
+    return torch.cat([torch.lerp(a, b, torch.arange(n)[:, None] / n) for a, b, n in ramps])
+
+
+def flow_to_color(flow, scale):
+    """Flow [..., 2, T, H, W] as pixels [..., 3, T, H, W] in [-1, 1] on the wheel of Baker et al. (IJCV 2011).
+
+    Hue is the direction (right red, down yellow, left cyan, up violet), saturation the speed: white is zero,
+    full colour `scale` px/frame, anything faster is drawn darker.
+    """
+    assert scale > 0, scale
+    u, v = (flow.float() / scale).unbind(-4)
+    wheel, speed = color_wheel().to(flow.device), torch.hypot(u, v).unsqueeze(-1)
+    hue = (torch.atan2(-v, -u) / math.pi + 1) / 2 * len(wheel)                    # 0 is red, at u > 0
+    index = hue.floor()
+    low, high = (wheel[(index.long() + i) % len(wheel)] for i in (0, 1))
+    color = torch.lerp(low, high, (hue - index).unsqueeze(-1))                    # [..., T, H, W, 3]
+    color = torch.where(speed <= 1, 1 - speed * (1 - color), 0.75 * color)
+    return 2 * color.movedim(-1, -4) - 1
+
+
+def flow_legend(scale, size):
+    """The wheel, `size` pixels wide, over its radius in px/frame: pixels [3, height, width] in [-1, 1]."""
+    axis = torch.linspace(-1, 1, size)
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    disc = torch.stack([u, v]) * (torch.hypot(u, v) <= 1)
+    wheel = flow_to_color(disc.unsqueeze(1), 1.0).squeeze(1)                      # [3, size, size]
+    label = f"{scale:.2f}".rstrip("0").rstrip(".") + " px/frame"
+    text = 1 - 2.0 * draw_text(label, max(1, size // (4 * len(label))))           # black on white
+    width = max(size, text.shape[1]) + 8
+    picture = torch.ones(3, size + text.shape[0] + 12, width)
+    for part, top in (wheel, 4), (text, size + 8):
+        left = (width - part.shape[-1]) // 2
+        picture[:, top : top + part.shape[-2], left : left + part.shape[-1]] = part
+    return picture
+
+
+def clip_beside_flow(x, flow, scale=None):
+    """A clip x [3, T, H, W] with its flow [2, T-1, H, W] to the right: pixels [3, T, k H, 2 k W] in [-1, 1].
+
+    The last flow is shown twice. scale: px/frame of full colour, default the clip's 99th percentile, at least 0.5
+    so that noise stays pale. Small clips are enlarged by an integer k to 256 px of height or more. The legend stands
+    in the lower right corner. Raises ValueError if the flow does not fit the clip.
+    """
+    _, T, H, W = x.shape
+    if flow.shape != (2, T - 1, H, W):
+        raise ValueError(f"expected a flow {[2, T - 1, H, W]} beside a clip {list(x.shape)}, got {list(flow.shape)}")
+    if scale is None:
+        speed = torch.hypot(*flow.float()).flatten()
+        scale = max(0.5, float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}"))
+    color = torch.cat([flow_to_color(frame, scale) for frame in (*flow.split(1, dim=1), flow[:, -1:])], dim=1)
+    zoom = math.ceil(256 / H)
+    both = torch.cat([x.float().clamp(-1, 1), color], dim=3)
+    both = both.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)     # [3, T, k H, 2 k W]
+    legend = flow_legend(scale, both.shape[2] // 4).to(both)
+    both[:, :, -legend.shape[1] :, -legend.shape[2] :] = legend.unsqueeze(1)
+    return both

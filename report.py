@@ -1,0 +1,264 @@
+"""The two pages that eval.py writes: report.html, what was measured beside the clips and their flow, and survey.html, the human study.
+
+Both are single files that open from disk. Videos are embedded up to a budget and linked beyond it; either way the browser
+decodes only those in sight. The pages' markup, style and script are in report_template.html and survey_template.html.
+"""
+
+import base64
+import hashlib
+import html
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import urllib.parse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import REPO
+from raft import clip_beside_flow, video_flow
+from sample import read_frames, write_video
+
+PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
+PICTURE_FRAMES = 161    # a picture shows at most this many frames: its memory must not grow with the video
+PICTURE_ITERS = 12      # of RAFT
+CURVE_POINTS = 400      # a curve is thinned to about this many
+QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture
+    "motion": "Which video moves better: smooth, lively, physically plausible?",
+    "visual": "Which video looks better: sharp, clean, free of artefacts?",
+    "text": "Which video fits the text better?",
+}
+
+
+def fill(template, **parts):
+    """A template of this folder with each {{name}} replaced; parts are already HTML."""
+    page = (REPO / template).read_text(encoding="utf-8")
+    for name, part in parts.items():
+        page = page.replace("{{" + name + "}}", part)
+    return page
+
+
+def write_page(path, page):
+    """Write aside and rename: a page is whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def as_json(value):
+    """JSON that may stand inside a script element."""
+    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def as_base64(path):
+    return base64.b64encode(Path(path).read_bytes()).decode()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips beside their flow
+
+
+def preview_size(H, W):
+    """(height, width), even, of at most PICTURE_SIDE px and the video's shape."""
+    scale = min(1, PICTURE_SIDE / max(H, W))
+    return tuple(2 * max(1, round(n * scale / 2)) for n in (H, W))
+
+
+@torch.no_grad()
+def clip_and_flow(raft, row):
+    """A video's frames [3, T, h, w] at picture size, and their flow [2, T-1, h, w] in pixels of the video per frame."""
+    size = preview_size(row["height"], row["width"])
+    x = torch.stack(list(itertools.islice(read_frames(row["path"], size=size), PICTURE_FRAMES)), dim=1).float() / 127.5 - 1
+    device = next(raft.parameters()).device
+    flow = video_flow(raft, x[None].to(device), PICTURE_ITERS)[0].cpu()
+    return x, flow * row["height"] / size[0]
+
+
+def common_scale(flows):
+    """px/frame of full colour for several flows: the largest 99th percentile, so that one colour means one speed in all of them."""
+    top = [flow.norm(dim=0).flatten() for flow in flows]
+    return max(0.5, *(float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}") for speed in top))
+
+
+def draw_row(rafts, cells, folder):
+    """Write each cell's clip beside its flow, on one scale, under names that change with any of the videos; the paths, in order.
+
+    rafts: tried in order; the first whose smallest size fits every clip of the row draws it. None of them: the videos as they are.
+    """
+    small = min(min(preview_size(cell["height"], cell["width"])) for cell in cells)
+    raft = next((net for net in rafts if net.cfg.min_size <= small and all(cell["frames"] > 1 for cell in cells)), None)
+    if raft is None:
+        return [cell["path"] for cell in cells]
+    stamps = [f"{cell['path']} {cell['bytes']} {cell['mtime']}" for cell in cells]
+    names = [hashlib.md5("\n".join([stamp, raft.source, *stamps]).encode()).hexdigest()[:16] + ".mp4" for stamp in stamps]
+    if not all((folder / name).exists() for name in names):
+        pictures = [clip_and_flow(raft, cell) for cell in cells]
+        scale = common_scale([flow for _, flow in pictures])
+        for cell, name, (x, flow) in zip(cells, names, pictures):
+            write_video(folder / name, clip_beside_flow(x, flow, scale), cell["fps"])
+    return [folder / name for name in names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training curves
+
+
+def read_run(path):
+    """{name: [(step, value)]} of the finite numbers in a run's jsonl; `path` is the file or the folder that holds log.jsonl."""
+    path = path / "log.jsonl" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"expected a run's jsonl, got {path}: no such file")
+    curves = {}
+    for i, line in enumerate(path.read_text().splitlines()):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line a kill cut short
+            continue
+        for name, value in row.items():
+            if name != "step" and type(value) in (int, float) and math.isfinite(value):
+                curves.setdefault(name, []).append((row.get("step", i), value))
+    return curves
+
+
+def thin(points):
+    """Means of runs of neighbouring points, about CURVE_POINTS in all."""
+    size = math.ceil(len(points) / CURVE_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return [tuple(map(statistics.fmean, zip(*group))) for group in groups]
+
+
+def svg(title, curves, width=320, height=150):
+    """One small chart; curves: per run a list of (x, y), drawn in the runs' colours."""
+    xs, ys = zip(*itertools.chain(*curves))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
+    def place(x, y):
+        return f"{8 + (width - 16) * (x - x0) / (x1 - x0 or 1):.1f},{height - 22 - (height - 56) * (y - y0) / (y1 - y0 or 1):.1f}"
+    lines = "".join(f'<polyline class="run{i % 6}" points="{" ".join(place(*p) for p in thin(c))}"/>' for i, c in enumerate(curves) if c)
+    texts = [(8, 14, "start", "name", title), (width - 8, 14, "end", "", f"{y0:.4g} to {y1:.4g}"),
+             (8, height - 6, "start", "", f"{x0:g}"), (width - 8, height - 6, "end", "", f"{x1:g}")]
+    marks = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}" class="{c}">{html.escape(t)}</text>' for x, y, a, c, t in texts)
+    frame = f'<line x1="8" x2="{width - 8}" y1="{height - 22}" y2="{height - 22}"/>'
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">{frame}{lines}{marks}</svg>'
+
+
+def curves_html(runs):
+    """Charts of every number the runs logged, one chart a name, one colour a run; nothing if there are no runs."""
+    if not runs:
+        return ""
+    read = [read_run(path) for path in runs]
+    names = list(dict.fromkeys(itertools.chain(*read)))
+    charts = "".join(svg(name, [run.get(name, []) for run in read]) for name in names)
+    key = "".join(f'<span class="key run{i % 6}">{html.escape(str(path))}</span>' for i, path in enumerate(runs))
+    return f'<section><h2>Training</h2><p>{key}</p><div class="charts">{charts}</div></section>'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report.html
+
+
+def table_html(title, table):
+    """A titled table; the block of the paper's figures is set apart."""
+    head, *rows = [[html.escape(cell) for cell in cells] for cells in table]
+    body = "".join(f"<tr><th>{cells[0]}</th>{''.join(f'<td>{c}</td>' for c in cells[1:])}</tr>" for cells in rows)
+    apart = ' class="apart"' if title.startswith("NOT") else ""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    return f'<section{apart}><h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></section>'
+
+
+def match_rows(folders):
+    """[(prompt, index, one row or None per folder)] of every sample that any folder has."""
+    maps = [{(row["prompt"], row["index"]): row for row in rows} for rows in folders]
+    keys = sorted(set().union(*maps))
+    return [(*key, [rows.get(key) for rows in maps]) for key in keys]
+
+
+def rank(matched, columns):
+    """Matched rows, largest differences first: the sum over metrics of the range across folders, in standard deviations.
+
+    With one folder: the distance from the folder's mean.
+    """
+    cells = [cell["scores"] for _, _, row in matched for cell in row if cell]
+    spreads = {}
+    for metric in columns:
+        values = [scores[metric] for scores in cells if metric in scores]
+        if len(values) > 1 and statistics.pstdev(values) > 0:
+            spreads[metric] = statistics.fmean(values), statistics.pstdev(values)
+
+    def difference(item):
+        total = 0.0
+        for metric, (mean, deviation) in spreads.items():
+            values = [cell["scores"][metric] for cell in item[2] if cell and metric in cell["scores"]]
+            values = values + [mean] if len(item[2]) == 1 else values
+            total += (max(values) - min(values)) / deviation if values else 0
+        return total
+    scored = sorted(((difference(item), item) for item in matched), key=lambda pair: -pair[0])
+    return [(round(d, 4), *item) for d, item in scored]
+
+
+def shown_scores(cell, columns):
+    return {name: round(cell["scores"][metric], 4) for metric, name in columns.items() if metric in cell["scores"]}
+
+
+def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_rows=50, runs=(), embed_mb=64.0):
+    """Write out/report.html; its path. folders: scored rows of eval.py; columns: {metric: shown name}; rafts: see draw_row."""
+    ranked = rank(match_rows(folders), columns)
+    budget, blobs, rows = embed_mb * 1e6, [], []
+    for i, (difference, prompt, index, cells) in enumerate(tqdm(ranked, desc="report", disable=None)):
+        good = [cell for cell in cells if cell and "error" not in cell]
+        media = draw_row(rafts if i < flow_rows else (), good, out / "clips") if good else []
+        shown, media = [], iter(media)
+        for cell in cells:
+            if cell is None or "error" in cell:
+                shown.append({"none": cell["error"] if cell else "no video"})
+                continue
+            path = next(media)
+            shown.append({"scores": shown_scores(cell, columns), "flow": path != cell["path"], "why": list(cell["skipped"].values())})
+            if path.stat().st_size <= budget:
+                budget -= path.stat().st_size
+                shown[-1]["blob"] = len(blobs)
+                blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
+            else:
+                shown[-1]["href"] = urllib.parse.quote(os.path.relpath(path, out))
+        rows.append({"prompt": prompt, "index": index, "difference": difference, "cells": shown})
+    data = {"labels": labels, "columns": list(columns.values()), "rows": rows}
+    notes = "".join(f"<li>{html.escape(line)}</li>" for line in notes)
+    return write_page(out / "report.html", fill(
+        "report_template.html", title=html.escape(", ".join(labels)), tables="".join(table_html(*t) for t in tables),
+        notes=f"<details><summary>Left out or skipped ({notes.count('<li>')})</summary><ul>{notes}</ul></details>" if notes else "",
+        curves=curves_html(runs), blobs="\n".join(blobs), data=as_json(data)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# survey.html
+
+
+def write_survey(out, folders, pairs, embed_mb=64.0):
+    """Write out/survey.html, the study of two folders; its path. pairs: [(prompt, index, path of A, path of B)].
+
+    Blind: sides and order are drawn in the browser, and videos that are too large to embed are copied under names that do not
+    tell their folder. The page's answers name A and B; eval.py --tally reads them.
+    """
+    stamp = "\n".join(f"{path} {path.stat().st_size}" for *_, a, b in pairs for path in (a, b))
+    survey = hashlib.md5(stamp.encode()).hexdigest()[:12]
+    budget, blobs, items = embed_mb * 1e6, [], []
+    for prompt, index, *paths in pairs:
+        item = {"prompt": prompt, "index": index}
+        for side, path in zip("ab", paths):
+            if path.stat().st_size <= budget:
+                budget -= path.stat().st_size
+                item[side] = {"blob": len(blobs)}
+                blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
+            else:
+                name = hashlib.md5(f"{survey} {path}".encode()).hexdigest()[:16] + path.suffix
+                (out / "survey_files").mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, out / "survey_files" / name)
+                item[side] = {"href": f"survey_files/{name}"}
+        items.append(item)
+    data = {"survey": survey, "folders": [str(folder) for folder in folders], "questions": QUESTIONS, "pairs": items}
+    return write_page(out / "survey.html", fill("survey_template.html", blobs="\n".join(blobs), data=as_json(data)))

@@ -1,0 +1,501 @@
+"""Prompts to videos, by the 3-step student or the 50-step teacher (UniPC with guidance); video files in and out.
+
+    python sample.py --prompt "a red circle moving right quickly"                 one clip, sample.mp4
+    python sample.py --prompts prompts.txt --num_videos 5 --out_dir samples       VBench's names, {prompt}-{i}.mp4
+    python sample.py --prompt "..." --generator runs/wan1.3b/generator.safetensors --flow
+    python sample.py --prompt "..." --preset wan1.3b --steps 50                   the teacher
+
+Up to as many --steps as the student was distilled for, this is the few-step sampler of training; above, the teacher's.
+With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0) has the seed
+--seed + 100000 p + i, VBench's rule, whatever the batch size.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from av.video.reformatter import Interpolation
+from safetensors import safe_open
+from tqdm import tqdm
+
+import model
+import vae as wan_vae
+from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, load_dit, sample_noise,
+                   shift_time)
+from raft import clip_beside_flow, load_raft, video_flow
+from vae import load_vae
+
+TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
+WAN = dict(height=480, width=832, frames=81, fps=16.0, timesteps=(1000, 757, 522), batch_size=1)
+SAMPLING = {  # what a preset samples by default; timesteps are the student's, shift and guidance of Wan its README's
+    "toy": dict(**TOY, shift=3.0, guidance=3.0),
+    "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0),
+    "wan14b": dict(**WAN, shift=5.0, guidance=5.0),
+}
+TEACHER_STEPS = 50
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Video files
+
+SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+BT601, LIMITED = 6, 1  # ffmpeg's numbers of SMPTE 170M and of the range 16..235
+CHROMA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP  # the default rings at edges
+TOLERANCE = 2e-3       # seconds; Matroska rounds time stamps to 1 ms
+SEEK_MARGIN = 1.0      # seconds; containers seek by decoding time, which runs ahead of the time on show
+
+
+def write_video(path, x, fps, comment=""):
+    """Write pixels x [3, T, H, W], clamped to [-1, 1] here and only here, as an H.264 mp4 of `fps` frames per second.
+
+    The file appears whole or not at all. comment goes into its metadata. Raises ValueError for odd sides.
+    """
+    if x.ndim != 4 or len(x) != 3 or 0 in x.shape or x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(f"{path}: expected [3, T, H, W] with even H and W (H.264), got {list(x.shape)}: crop or pad")
+    # CHOICE: rounded. Wan truncates, half a level too dark on average; this way 8 bits -> [-1, 1] -> 8 bits is exact.
+    x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"
+    try:
+        encode_h264(part, x.permute(1, 2, 3, 0).contiguous().numpy(), Fraction(fps).limit_denominator(1001), comment)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def encode_h264(path, images, fps, comment):
+    """Images uint8 [T, H, W, 3] at fps, a Fraction, into an mp4."""
+    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        container.metadata["comment"] = comment
+        # crf 17 looks lossless; with a fixed number of threads the bytes do not depend on the machine's cores.
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "preset": "medium"})
+        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
+        codec = stream.codec_context
+        codec.thread_count, codec.color_range = 4, LIMITED
+        # CHOICE: BT.601, tagged as such: it is what readers that ignore the tag (OpenCV, decord) assume.
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT601
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=BT601, dst_color_range=LIMITED, interpolation=CHROMA)
+            frame.pts, frame.time_base = i, 1 / fps
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+@contextlib.contextmanager
+def open_video(path):
+    """A file's container and video stream; what ffmpeg finds wrong becomes one ValueError line that names the file."""
+    path = Path(path)
+    try:
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError(f"{path}: expected a video, the file is empty")
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path}: expected a video, the file has no video stream")
+            stream = container.streams.video[0]
+            if not (stream.average_rate or stream.guessed_rate):
+                raise ValueError(f"{path}: expected a frame rate, the file states none: remux it with one")
+            stream.thread_type, stream.codec_context.thread_count = "AUTO", 2  # there may be many worker processes
+            yield container, stream
+    except av.error.FFmpegError as error:
+        what = "no video, damaged or cut short" if isinstance(error, ValueError) else "cannot be read"
+        raise ValueError(f"{path}: {what} ({error.strerror})") from None
+
+
+def frame_rate(stream):
+    return float(stream.average_rate or stream.guessed_rate)
+
+
+def stated_duration(container, stream):
+    """Seconds the file says it lasts, or None; the lesser of two, since the container's may be its sound's."""
+    known = [float(stream.duration * stream.time_base)] if stream.duration else []
+    return min(known + ([container.duration / av.time_base] if container.duration else []), default=None)
+
+
+def video_info(path):
+    """(duration in s, frames per second, H, W) of a video, from header and first frame. Raises as read_video."""
+    with open_video(path) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise ValueError(f"{path}: expected a video, it has no frames")
+        H, W = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
+        duration = stated_duration(container, stream)
+        if duration is None:  # the header of a live recording: the last time stamp, without decoding
+            container.seek(0)
+            times = (p.pts * p.time_base for p in container.demux(stream) if p.pts is not None)
+            duration = float(max(times, default=0))
+        return duration, frame_rate(stream), H, W
+
+
+def timed_frames(path, container, stream, start):
+    """Yield (seconds since the first frame, frame) from the keyframe before `start` on, one frame in memory at a time.
+
+    CHOICE: damage counts from `start` to the last frame that the caller takes; what lies outside is not looked at.
+    """
+    step, seek, origin, t = 1 / frame_rate(stream), start > SEEK_MARGIN, None, None
+    counted = container.format.name == "avi"  # AVI has a constant rate and no time stamps; ffmpeg's are in coding order
+    if seek:
+        origin = float((stream.start_time or 0) * stream.time_base)
+        with contextlib.suppress(av.error.FFmpegError):  # a file without an index is decoded from its beginning
+            container.seek(int((origin + start - SEEK_MARGIN) / stream.time_base), stream=stream)
+    for frame in container.decode(stream):
+        origin = (frame.time or 0.0) if origin is None else origin
+        time = None if frame.time is None else frame.time - origin
+        if time is None or (t is not None and (counted or time <= t)):  # no time stamp, or a repeated one
+            time = seek * start if t is None else t + step
+        t = time
+        if frame.is_corrupt and t >= start - TOLERANCE:
+            raise ValueError(f"{path}: the frame at {t:.2f} s is damaged")
+        yield t, frame
+    duration = stated_duration(container, stream)
+    if duration and (t or 0) + 2 * step < 0.9 * duration:  # mkv and webm end early without an error
+        raise ValueError(f"{path}: ends at {t or 0:.2f} s of the {duration:.2f} s that it states, it is cut short")
+
+
+def resample(timed, fps, start, step):
+    """Of (time, frame) pairs, the frame on show at each of start + k / fps: the last one not after it."""
+    k, held, end = 0, None, 0.0
+    for t, frame in itertools.chain(timed, [(None, None)]):
+        t = end if frame is None else t
+        while held is not None and start + k / fps < t - TOLERANCE:
+            yield held
+            k += 1
+        if frame is not None:
+            held, end = frame, t + (float((frame.duration or 0) * frame.time_base) or step)
+
+
+def to_pixels(frame, size):
+    """A decoded frame, upright, as uint8 RGB [3, H, W]; with a size (H, W), resized to cover it and cut to its centre.
+
+    CHOICE: swscale's default conversion, a level too dark on average: OpenCV and decord, hence VBench, read with it.
+    """
+    x = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    x = torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
+    (h, w), (H, W) = x.shape[1:], size or x.shape[1:]
+    scale = max(H / h, W / w)
+    if scale != 1:
+        cover = max(H, round(h * scale)), max(W, round(w * scale))
+        x = F.interpolate(x[None], cover, mode="bicubic", antialias=True)[0]
+    top, left = (x.shape[1] - H) // 2, (x.shape[2] - W) // 2
+    return x[:, top : top + H, left : left + W]
+
+
+def read_frames(path, fps=None, size=None, start=0.0):
+    """Yield a video's frames from `start` seconds on, uint8 [3, H, W], holding one at a time; else as read_video."""
+    with open_video(path) as (container, stream):
+        timed = timed_frames(path, container, stream, start)
+        shown = (frame for t, frame in timed if t >= start - TOLERANCE)
+        for frame in shown if fps is None else resample(timed, fps, start, 1 / frame_rate(stream)):
+            yield to_pixels(frame, size)
+
+
+def read_video(path, frames=None, size=None, fps=None, place=0.0):
+    """Read a clip: x [3, T, H, W] in [-1, 1], and the frame rate of the file.
+
+    frames: how many, default all. size: (H, W), covered and centre-cropped. fps: resample by time stamps to this rate,
+    each frame being the one on show at its time (repeated where the file is slower); default every frame. place: which
+    run of `frames`, 0 the first to 1 the last; no more than it needs is decoded.
+    Raises ValueError, one line naming the file: no video, damaged or cut short within the run, or too short.
+    """
+    duration, source, *_ = video_info(path)
+    rate = fps or source
+    start = place * max(0.0, duration - frames / rate) if frames else 0.0
+    clip = list(itertools.islice(read_frames(path, fps, size, start), frames))
+    if len(clip) < (frames or 1):
+        after = f" after {start:.2f} s" if start else ""
+        raise ValueError(f"{path}: has {len(clip)} frames at {rate:g} fps{after}, {frames or 1} needed")
+    return torch.stack(clip, dim=1).float().div_(127.5).sub_(1), source
+
+
+def video_files(folder):
+    """Every video under a folder, sorted, but for the flow pictures beside sample.py's clips; none: ValueError."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = [p for p in files if not p.name.endswith(".flow.mp4")]
+    if not files:
+        raise ValueError(f"expected videos ({', '.join(SUFFIXES)}) in {folder}, found none")
+    return files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers
+
+
+def unipc_sigmas(steps, shift):
+    """Noise levels of Wan's UniPC, steps + 1 floats from 0.999 (shifted) to 0, in fp32 as Wan keeps them."""
+    top = torch.tensor(0.999).item()
+    grid = shift_time(torch.linspace(top, 0, steps + 1, dtype=torch.float64)[:-1], shift)
+    return [*grid.float().tolist(), 0.0]
+
+
+def unipc(v_fn, z, steps, shift):
+    """Integrate noise z to z0 with UniPC of order 2 (arXiv 2302.04867, B_2(h) = e^h - 1), as Wan's FlowUniPC scheduler.
+
+    v_fn(z, sigma) -> v, called `steps` times. Works on the prediction x = z - sigma v, in the time
+    log((1 - sigma) / sigma): a step corrects z with the x just found, then predicts the next z; the last returns its x.
+    """
+    sigmas = unipc_sigmas(steps, shift)
+    lam = [math.log((1 - s) / s) for s in sigmas[:-1]]
+    x1 = x2 = z_last = None  # x one and two steps ago; z after the last correction
+    for i in tqdm(range(steps), desc="UniPC", leave=False, disable=None):
+        x = z - sigmas[i] * v_fn(z, sigmas[i])
+        if i == steps - 1:
+            return x
+
+        if i > 0:  # correct z, which came from sigmas[i - 1]
+            h = lam[i] - lam[i - 1]
+            e = math.expm1(-h)
+            if i == 1:
+                mean = x1 + 0.5 * (x - x1)
+            else:  # the weights solve [[1, 1], [r, 1]] (rho, rho_new) = (b1, b2)
+                r, phi = (lam[i - 2] - lam[i - 1]) / h, e / -h - 1
+                b1, b2 = phi / e, 2 * (phi / -h - 0.5) / e
+                rho = (b2 - b1) / (r - 1)
+                mean = x1 + rho * (x2 - x1) / r + (b1 - rho) * (x - x1)
+            z = sigmas[i] / sigmas[i - 1] * z_last - (1 - sigmas[i]) * e * mean
+
+        h = lam[i + 1] - lam[i]  # predict z at sigmas[i + 1]
+        mean = x if i == 0 else x + 0.5 * (x1 - x) * h / (lam[i - 1] - lam[i])
+        z_last, x1, x2 = z, x, x1
+        z = sigmas[i + 1] / sigmas[i] * z - (1 - sigmas[i + 1]) * math.expm1(-h) * mean
+
+
+def teacher_sample(teacher, noise, context, negative, steps, shift, guidance):
+    """Wan's own sampler: UniPC with v = v_neg + guidance (v_pos - v_neg), from noise [B, C, f, h, w] to z0."""
+    def guided(z, sigma):
+        # The solver has the exact noise level, the network is told it cut to whole thousandths, as in Wan.
+        t = torch.full((len(z),), int(1000 * sigma) / 1000, device=z.device)
+        v = teacher(z, t, context)
+        return v if guidance == 1 else torch.lerp(teacher(z, t, negative), v, guidance)
+    return unipc(guided, noise, steps, shift)
+
+
+def decode(vae, z):
+    """Latents z [B, C, f, h, w] -> pixels [B, 3, T, H, W], fp32 on the CPU, not clamped; one sample at a time."""
+    return torch.cat([vae.decode(sample[None]).float().cpu() for sample in z])
+
+
+@torch.no_grad()
+def generate(args, net, vae, contexts, prompts, seeds):
+    """Pixels [B, 3, T, H, W] in about [-1, 1], fp32 on the CPU, of one prompt and one seed a sample."""
+    shape = net.cfg.in_dim, 1 + (args.frames - 1) // 4, args.height // 8, args.width // 8
+    noise = sample_noise(seeds, shape, 1 if args.teacher else args.steps).to(args.device)        # [S, B, C, f, h, w]
+    context = contexts(prompts).to(args.device)
+    if args.teacher:
+        negative = contexts([NEGATIVE_PROMPT] * len(prompts)).to(args.device)
+        return decode(vae, teacher_sample(net, noise[0], context, negative, args.steps, args.shift, args.guidance))
+    return decode(vae, few_step(net, noise, context, few_step_times(args.timesteps, args.shift)[: args.steps]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_flags(argv):
+    def refuse(message):
+        raise ValueError(f"{message} (sample.py --help lists the flags)")
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.error = refuse  # argparse would print its usage around the one line
+    flag = parser.add_argument
+    flag("--prompt", action="append", default=[], help="may be repeated")
+    flag("--prompts", help="a file, one prompt a line; blank lines and # comments are skipped")
+    flag("--num_videos", type=int, default=1, help="videos a prompt")
+    flag("--seed", type=int, default=0)
+    flag("--out", help="file of the one video, written anew each time; default sample.mp4")
+    flag("--out_dir", help="folder of several, those that are there are kept; default samples")
+    flag("--flow", action="store_true", help="also write NAME.flow.mp4, the clip beside its optical flow")
+    flag("--preset", default="auto", choices=["auto", *SAMPLING], help="auto: wan1.3b where there is CUDA, else toy")
+    flag("--height", type=int, help="pixels, divisible by 16")
+    flag("--width", type=int, help="pixels, divisible by 16")
+    flag("--frames", type=int, help="1 + 4k")
+    flag("--fps", type=float, help="of the file; the network does not know it")
+    flag("--steps", type=int, help="default: as many as the student has, 50 without a student")
+    flag("--shift", type=float, help="of the noise levels; more stays noisy for longer")
+    flag("--guidance", type=float, help="of the teacher; 1: none")
+    flag("--batch_size", type=int, help="videos at once; changes speed and memory only")
+    flag("--weights", help="folder of the preset's weights, default as in README")
+    flag("--generator", help="file, folder or hub name; default: newest export in runs/, shipped student, base model")
+    flag("--vae", help="default in the weights folder")
+    flag("--text_encoder", help="folder, default the weights folder")
+    flag("--raft", help="for --flow; default in the weights folder or weights/raft-things.pth")
+    flag("--cache", default=str(REPO / "runs" / "contexts"), help="folder of encoded prompts")
+    flag("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the DiT; auto: bf16 on CUDA, else fp32")
+    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+def header(path):
+    """String metadata of a .safetensors file; nothing for other layouts, which carry none."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as file:
+        return file.metadata() or {}
+    return {}
+
+
+def resolve(args):
+    """Fill in from the preset's row what the flags leave open; raise ValueError for what cannot be sampled."""
+    if args.preset == "auto":
+        args.preset = header(args.generator).get("preset", "auto") if args.generator else "auto"
+    if args.preset == "auto":
+        args.preset = "wan1.3b" if torch.cuda.is_available() else "toy"
+        here = "no CUDA" if args.preset == "toy" else "CUDA"
+        print(f"preset {args.preset} ({here} here; --preset {' or '.join(SAMPLING)} to choose)")
+    args.weights = Path(args.weights or WEIGHTS[args.preset])
+    for key, value in SAMPLING[args.preset].items():
+        if key != "shift" and getattr(args, key, None) is None:  # a student's file may state its shift
+            setattr(args, key, value)
+    if args.dtype == "auto":
+        args.dtype = "bf16" if torch.device(args.device).type == "cuda" else "fp32"
+    if args.frames % 4 != 1 or args.frames < 1:
+        near = max(1, args.frames // 4 * 4 + 1)
+        raise ValueError(f"expected --frames 1 + 4k (17, 49, 81), got {args.frames}: try {near}")
+    if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
+        raise ValueError(f"expected --height and --width divisible by 16, got {args.height} x {args.width}")
+    for key in ("num_videos", "batch_size", "fps", "steps", "shift"):
+        if getattr(args, key) is not None and getattr(args, key) <= 0:
+            raise ValueError(f"expected --{key} above 0, got {getattr(args, key)}")
+
+
+def choose_generator(args):
+    """Decide args.generator, .steps, .timesteps, .shift and .teacher (which sampler), say so, return its header."""
+    base, found = args.weights, []
+    if args.steps is None or args.steps <= len(args.timesteps):
+        exports = (REPO / "runs").glob("*/generator.safetensors")
+        found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
+        found = found or [p for p in [base / "student.safetensors"] if p.exists()]
+    args.generator = args.generator or str([base, *found][-1])
+    meta = header(args.generator)
+    sampler = json.loads(meta.get("sampler", "{}"))  # what train.py distilled it for
+    args.timesteps = sampler.get("timesteps", args.timesteps)
+    args.steps = args.steps or (TEACHER_STEPS if args.generator == str(base) else len(args.timesteps))
+    args.teacher = args.steps > len(args.timesteps)
+    args.shift = args.shift or (not args.teacher and sampler.get("shift")) or SAMPLING[args.preset]["shift"]
+    how = f"UniPC, guidance {args.guidance:g}" if args.teacher else "few-step"
+    cycle = f", cycle {meta['step']}" if "step" in meta else ""
+    print(f"generator {args.generator}{cycle}: {args.steps} steps ({how})")
+    return meta
+
+
+def read_prompts(args):
+    prompts = list(args.prompt)
+    if args.prompts:
+        if not Path(args.prompts).is_file():
+            raise ValueError(f"expected --prompts to be a text file, one prompt a line: {args.prompts} is not there")
+        lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
+        prompts += [line for line in lines if line and not line.startswith("#")]
+    elif not prompts and args.preset == "toy":
+        prompts = ["a red circle moving right quickly"]
+    if not all(prompt.strip() for prompt in prompts or [""]):
+        raise ValueError("expected a prompt, got none: --prompt TEXT, or --prompts FILE with one a line")
+    return list(dict.fromkeys(prompts))
+
+
+def plan(args, prompts, meta):
+    """(prompt, seed, path, comment) of each video that is still to be made; comment holds its settings as JSON."""
+    keys = ["preset", "generator", "steps", "shift", "timesteps", "height", "width", "frames", "fps", "dtype"]
+    settings = {key: getattr(args, key) for key in keys + ["guidance"] * args.teacher} | dict(cycle=meta.get("step"))
+    one, jobs = len(prompts) * args.num_videos == 1 and not args.out_dir, []
+    if args.out and not one:
+        raise ValueError(f"--out takes one video, {len(prompts) * args.num_videos} were asked for: use --out_dir alone")
+    for p, i in itertools.product(range(len(prompts)), range(args.num_videos)):
+        name, seed = f"{prompts[p]}-{i}.mp4", args.seed + 100000 * p + i
+        comment = json.dumps(dict(prompt=prompts[p], seed=seed, **settings), ensure_ascii=False)
+        if not one and ("/" in name or len(name.encode()) > 250):
+            raise ValueError(f'prompt {p + 1} cannot name a file, which has 250 bytes at most and no "/": {name[:60]}')
+        path = Path(args.out or "sample.mp4") if one else Path(args.out_dir or "samples") / name
+        if one or not is_done(path, comment, args.flow):
+            jobs.append((prompts[p], seed, path, comment))
+    return jobs
+
+
+def is_done(path, comment, flow):
+    """Whether a video is there, and its flow if wanted; one that is there but was made otherwise raises ValueError."""
+    if not path.exists():
+        return False
+    with open_video(path) as (container, _):
+        if container.metadata.get("comment") != comment:
+            raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
+    return not flow or path.with_suffix(".flow.mp4").exists()
+
+
+def random_toy():
+    """Untrained toy networks and prompt vectors: the way from a prompt to a file can be tried without weights."""
+    print("WARNING: no toy weights found.\n"
+          "WARNING: the networks are RANDOM, the videos will be NOISE whatever the prompt says.\n"
+          "WARNING: toy/make_weights.py trains the toy weights; --preset wan1.3b uses Wan's.")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net, vae = model.WanDiT(model.CONFIGS["toy"]), wan_vae.WanVAE(wan_vae.CONFIGS["toy"])
+
+    def contexts(prompts):
+        seeds = [int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) for prompt in prompts]
+        return sample_noise(seeds, (net.cfg.text_len, net.cfg.text_dim), 1)[0]
+    return net, vae, contexts
+
+
+def load_networks(args, prompts):
+    """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
+    base = args.generator == str(args.weights)
+    if base and args.preset == "toy" and not list(args.weights.glob("*.safetensors")):
+        net, vae, contexts = random_toy()
+    elif not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
+        raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
+                         f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
+    else:
+        texts = prompts + [NEGATIVE_PROMPT] * args.teacher
+        contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
+        net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    # CHOICE: the vae stays in fp32, as in Wan's own sampling; it is a small part of the time.
+    return net.eval().to(args.device, dtype), vae.eval().to(args.device), contexts
+
+
+def load_flow(args):
+    """RAFT for --flow."""
+    places = [args.weights / "raft.safetensors", REPO / "weights" / "raft-things.pth"]
+    return load_raft(args.raft or next((p for p in places if p.exists()), places[-1]), args.device)
+
+
+def run(argv):
+    args = parse_flags(argv)
+    resolve(args)
+    prompts = read_prompts(args)
+    meta = choose_generator(args)
+    jobs = plan(args, prompts, meta)
+    if not jobs:
+        return print("every video is there already")
+    raft = load_flow(args) if args.flow else None
+    net, vae, contexts = load_networks(args, prompts)
+    for i in tqdm(range(0, len(jobs), args.batch_size), desc="batches", disable=None):
+        batch = jobs[i : i + args.batch_size]
+        clips = generate(args, net, vae, contexts, [job[0] for job in batch], [job[1] for job in batch])
+        for x, (_, _, path, comment) in zip(clips, batch):
+            if raft is not None:
+                flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
+                write_video(path.with_suffix(".flow.mp4"), clip_beside_flow(x, flow), args.fps, comment)
+            write_video(path, x, args.fps, comment)
+            tqdm.write(f"wrote {path}")
+
+
+def main(argv=None):
+    """The command line; returns its exit status."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except ValueError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""The toy world: short clips of one coloured shape crossing a quiet room, rendered with everything known.
+
+A clip is 64 x 64 pixels, 17 frames at 16 fps, and has a prompt "a {colour} {shape} moving {direction} {adverb}".
+The renderer knows the exact flow and the exact state of every frame, so motion and quality are measured against
+truth; `track` reads the same state back from pixels alone, for clips that a network made.
+
+The adverb decides the speed: "slowly" and "quickly" name a range, no adverb draws from a mix in which nearly half
+of the clips hardly move. A mode-seeking student may keep the still half of that mix and lose the rest; that is the
+effect this world is made to show. `motion_rich=True` draws only the fast range: the discriminator's real clips.
+
+Everything is a function of an integer seed; axes and ranges are model.py's (pixels in [-1, 1], flow in px/frame, (x, y)).
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIZE, FRAMES, FPS = 64, 17, 16
+COLOURS = {"red": (.88, .16, .16), "yellow": (.88, .82, .14), "green": (.14, .76, .22),
+           "cyan": (.12, .78, .84), "blue": (.16, .30, .90), "magenta": (.82, .16, .84)}   # RGB in [0, 1]
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"right": (1., 0.), "down": (0., 1.), "left": (-1., 0.), "up": (0., -1.)}     # y points down
+ADVERBS = ("", "slowly", "quickly")
+SLOW, FAST, STILL = (.3, .9), (1.2, 2.2), (0., .2)  # px/frame
+MIX = (.45, .75)                                    # no adverb: STILL below the first, SLOW below the second, else FAST
+RADIUS = (8., 10.)                                  # px; a shape's extent from its centroid is at most MARGIN radii
+MARGIN = 1.3
+VEER = math.radians(10)                             # a direction word means its axis plus or minus this angle
+CHROMA = .30                                        # the tracker's threshold on max(RGB) - min(RGB); the room has < .1
+
+
+class Clip(NamedTuple):
+    """A batch of rendered clips and their truth."""
+    pixels: Tensor                                                          # [B, 3, T, H, W] in [-1, 1]
+    prompts: list[str]
+    flow: Tensor                                                            # [B, 2, T-1, H, W] px/frame, exact
+    position: Tensor                                                        # [B, T, 2] centroid (x, y), px
+    velocity: Tensor                                                        # [B, 2] px/frame, constant in time
+    coverage: Tensor                                                        # [B, T, H, W] the shape's share of a pixel
+    attributes: Tensor                                                      # [B, 4] indices: colour, shape, direction, adverb
+    radius: Tensor                                                          # [B] px
+
+
+def prompt(colour: int, shape: int, direction: int, adverb: int) -> str:
+    """The words of one choice of attributes, given as indices into COLOURS, SHAPES, DIRECTIONS, ADVERBS."""
+    words = f"a {list(COLOURS)[colour]} {SHAPES[shape]} moving {list(DIRECTIONS)[direction]} {ADVERBS[adverb]}"
+    return words.strip()
+
+
+def attributes(text: str) -> tuple[int, int, int, int]:
+    """The inverse of `prompt`; raises ValueError for words outside this world."""
+    words = text.split()
+    names = list(COLOURS), list(SHAPES), list(DIRECTIONS), list(ADVERBS)
+    if len(words) not in (5, 6) or [words[0], words[3]] != ["a", "moving"]:
+        raise ValueError(f"toy prompts read 'a COLOUR SHAPE moving DIRECTION [slowly|quickly]', got {text!r}")
+    for word, allowed in zip(words[1:3] + words[4:], (*names[:3], names[3][1:])):
+        if word not in allowed:
+            raise ValueError(f"the toy world has no {word!r} in {text!r}: use one of {', '.join(allowed)}")
+    return tuple(n.index(w) for n, w in zip(names, (words[1], words[2], words[4], " ".join(words[5:]))))
+
+
+PROMPTS = [prompt(c, s, d, a) for c in range(6) for s in range(3) for d in range(4) for a in range(3)]
+
+
+def held_out(count: int = 200) -> list[tuple[str, int]]:
+    """(prompt, noise seed) pairs that no training run draws: every figure we report is measured on these."""
+    order = torch.randperm(len(PROMPTS), generator=torch.Generator().manual_seed(2511)).tolist()
+    return [(PROMPTS[order[i % len(order)]], 10_000_000 + i) for i in range(count)]
+
+
+def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """Signed distance to the outline, px, positive inside; (x, y) is relative to the centroid."""
+    circle = radius - (x * x + y * y).sqrt()
+    square = .9 * radius - torch.maximum(x.abs(), y.abs())
+    triangle = .65 * radius - torch.maximum(y, .5 * (math.sqrt(3) * x.abs() - y))         # points up
+    return torch.where(shape == 0, circle, torch.where(shape == 1, square, triangle))
+
+
+def silhouette(shape: Tensor, position: Tensor, radius: Tensor) -> Tensor:
+    """Share of each pixel that the shape covers. shape [B], position [B, T, 2] px, radius [B] or [B, T] -> [B, T, H, W]."""
+    axis = torch.arange(SIZE, dtype=torch.float32, device=position.device)
+    x, y = axis[None, None, None, :] - position[..., 0, None, None], axis[None, None, :, None] - position[..., 1, None, None]
+    radius = radius.view(len(radius), -1, 1, 1)
+    out = torch.empty(*position.shape[:2], SIZE, SIZE, device=position.device)
+    for index in range(len(SHAPES)):                # one shape at a time: a third of the arithmetic of torch.where
+        rows = shape == index
+        if rows.any():
+            kind = torch.tensor(index, device=shape.device)
+            out[rows] = (distance(kind, x[rows], y[rows], radius[rows]) + .5).clamp(0, 1)
+    return out
+
+
+def wallpaper() -> Tensor:
+    """The room: light from the upper left and a faint fixed pattern, the same in every clip.         [H, W], mean 0
+
+    CHOICE: fixed, because texture that differs from clip to clip dominates a small model's loss, and because Wan's
+    attention knows relative positions only: the room tells a token where it is, RAFT what stands still.
+    """
+    axis = torch.arange(SIZE) / (SIZE - 1.) - .5
+    x, y = axis[None, :], axis[:, None]
+    pattern = torch.sin(17 * x + 5 * y) * torch.sin(4 * x - 19 * y)
+    return -.16 * x - .24 * y + .035 * pattern
+
+
+def draw(seed: int, motion_rich: bool) -> tuple[list[int], list[float]]:
+    """One clip's attributes and numbers (speed, angle, radius, start x, start y, tint r, g, b) from its seed."""
+    u = torch.rand(16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
+    colour, shape, direction = int(u[0] * 6), int(u[1] * 3), int(u[2] * 4)
+    adverb = (0, 2)[int(u[3] * 2)] if motion_rich else int(u[3] * 3)
+    still, slow = (0., 0.) if motion_rich else MIX
+    low, high = (STILL if u[4] < still else SLOW if u[4] < slow else FAST, SLOW, FAST)[adverb]
+    angle = math.atan2(*list(DIRECTIONS.values())[direction][::-1]) + (2 * u[6] - 1) * VEER
+    return [colour, shape, direction, adverb], [low + u[5] * (high - low), angle, RADIUS[0] + u[7] * (RADIUS[1] - RADIUS[0]), *u[8:13]]
+
+
+def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.device = "cpu") -> Clip:
+    """Render one clip per seed, with its exact flow and state; a clip depends on its own seed only."""
+    picks, numbers = zip(*(draw(int(s), motion_rich) for s in seeds))
+    picks, numbers = torch.tensor(picks, device=device), torch.tensor(numbers, device=device)   # [B, 4], [B, 8]
+    speed, angle, radius, tint = numbers[:, 0], numbers[:, 1], numbers[:, 2], .44 + .06 * (2 * numbers[:, 5:8] - 1)
+    velocity = speed[:, None] * torch.stack([angle.cos(), angle.sin()], 1)                    # [B, 2]
+    travel, margin = velocity * (FRAMES - 1), (MARGIN * radius)[:, None]
+    low = margin - travel.clamp(max=0)                          # the whole path keeps the shape inside the frame
+    start = low + numbers[:, 3:5] * (SIZE - 1 - 2 * margin - travel.abs()).clamp(min=0)
+    position = start[:, None] + velocity[:, None] * torch.arange(FRAMES, device=device)[:, None]      # [B, T, 2]
+    coverage = silhouette(picks[:, 1], position, radius)                                        # [B, T, H, W]
+    pixels = paint(torch.tensor(list(COLOURS.values()), device=device)[picks[:, 0]], tint, position, radius, coverage)
+    flow = velocity[:, :, None, None, None] * (coverage[:, None, :-1] > .5)                     # [B, 2, T-1, H, W]
+    return Clip(pixels, [prompt(*p) for p in picks.tolist()], flow, position, velocity, coverage, picks, radius)
+
+
+def paint(colour: Tensor, tint: Tensor, position: Tensor, radius: Tensor, coverage: Tensor) -> Tensor:
+    """Lay a lit shape of `colour` [B, 3] over the room tinted `tint` [B, 3].            -> [B, 3, T, H, W] in [-1, 1]"""
+    axis = torch.arange(SIZE, dtype=torch.float32, device=coverage.device)
+    lit = (position[..., 0, None, None] - axis) + (position[..., 1, None, None] - axis[:, None])  # [B, T, H, W]
+    light = 1 + .08 * (lit / radius[:, None, None, None]).clamp(-1.5, 1.5)
+    room = tint[:, :, None, None] + wallpaper().to(tint.device)                                   # [B, 3, H, W]
+    room = room[:, :, None]
+    return torch.lerp(room, light[:, None] * colour[:, :, None, None, None], coverage[:, None]).clamp_(0, 1).mul_(2).sub_(1)
+
+
+def clip(seed: int, motion_rich: bool = False) -> Clip:
+    """`clips` for one seed: a batch of one."""
+    return clips([seed], motion_rich)
+
+
+def count_blobs(mask: Tensor, steps: int = 22, most: int = 3) -> Tensor:
+    """Number of separate pieces of at least 12 px in each frame, counted up to `most`. mask [N, H, W] -> [N]"""
+    rest = (F.avg_pool2d(mask.float()[:, None], 2) > .49).float()                    # [N, 1, H/2, W/2], specks gone
+    count = torch.zeros(len(mask), device=mask.device)
+    for _ in range(most):
+        left = rest.flatten(1).sum(1) >= 3
+        if not left.any():
+            break
+        piece = torch.zeros_like(rest).flatten(1)
+        piece.scatter_(1, rest.flatten(1).argmax(1, keepdim=True), 1.)
+        piece = piece.view_as(rest) * rest
+        for _ in range(steps):
+            piece = F.max_pool2d(piece, 3, 1, 1) * rest
+        count += left & (piece.flatten(1).sum(1) >= 3)
+        rest = rest - piece
+    return count
+
+
+def outline_match(mask: Tensor, position: Tensor, area: Tensor) -> Tensor:
+    """IoU of a mask with each ideal silhouette of its own centroid and area, mean over frames.  -> [B, 3]"""
+    unit = torch.tensor([math.pi, 4 * .9 ** 2, 3 * math.sqrt(3) * .65 ** 2], device=mask.device)  # area at radius 1
+    scores = []
+    for index in range(len(SHAPES)):
+        shape = torch.full((len(mask),), index, device=mask.device)
+        ideal = silhouette(shape, position[:, ::2], (area[:, ::2] / unit[index]).sqrt().clamp(min=.5)) > .5
+        both, either = (mask[:, ::2] & ideal).sum((2, 3)), (mask[:, ::2] | ideal).sum((2, 3))
+        scores.append((both / either.clamp(min=1)).mean(1))
+    return torch.stack(scores, 1)
+
+
+def track(pixels: Tensor) -> dict[str, Tensor]:
+    """Read the state of a clip from its pixels [B, 3, T, H, W] in [-1, 1].
+
+    Returns, per clip: colour, shape, direction (indices as in `attributes`), iou (with the best ideal silhouette),
+    blobs (most in any frame; 0 if some frame has none), one_blob (bool), position [B, T, 2] px, area [B, T] px,
+    velocity [B, 2] and net_speed (end to end), path_speed (mean length of a step), px/frame, and jitter (mean length of the
+    second difference of position, px/frame^2).
+    """
+    rgb = pixels.clamp(-1, 1).add(1).div(2)
+    mask = rgb.amax(1) - rgb.amin(1) > CHROMA                                                     # [B, T, H, W]
+    area = mask.sum((2, 3)).float()                                                               # [B, T]
+    axis = torch.arange(pixels.shape[-1], dtype=torch.float32, device=pixels.device)
+    x, y = (mask.sum(2) * axis).sum(2) / area.clamp(min=1), (mask.sum(3) * axis).sum(2) / area.clamp(min=1)
+    position = torch.stack([x, y], 2)                                                             # [B, T, 2]
+    mean = (rgb * mask[:, None]).sum((2, 3, 4)) / area.sum(1, keepdim=True).clamp(min=1)          # [B, 3]
+    palette = F.normalize(torch.tensor(list(COLOURS.values()), device=mean.device), dim=1)
+    scores = outline_match(mask, position, area)
+    blobs = count_blobs(mask.flatten(0, 1)).view(area.shape)
+    blobs = torch.where((blobs == 0).any(1), 0., blobs.amax(1))
+    step, velocity = position.diff(dim=1), (position[:, -1] - position[:, 0]) / (area.shape[1] - 1)
+    compass = torch.tensor(list(DIRECTIONS.values()), device=mean.device)
+    return {"colour": (F.normalize(mean, dim=1) @ palette.T).argmax(1), "shape": scores.argmax(1), "iou": scores.amax(1),
+            "direction": (velocity @ compass.T).argmax(1), "position": position, "area": area, "velocity": velocity,
+            "net_speed": velocity.norm(dim=1), "path_speed": step.norm(dim=2).mean(1),
+            "jitter": step.diff(dim=1).norm(dim=2).mean(1), "blobs": blobs, "one_blob": blobs == 1}
+
+
+def score(pixels: Tensor, prompts: list[str]) -> dict[str, float]:
+    """How well clips follow their prompts: shares and means over the clips, by `track`.
+
+    direction counts every clip whose prompt names a speed, and of the others those that move (net speed over STILL);
+    speed_error is the relative distance of the mean net speed from the range's mean, for slowly and for quickly;
+    dynamic is the share with a net speed over 1 px/frame, still the share under .25, both over prompts without an adverb.
+    """
+    seen, named = track(pixels), torch.tensor([attributes(p) for p in prompts], device=pixels.device)
+    right = {n: (seen[n] == named[:, i]).float() for i, n in enumerate(("colour", "shape", "direction"))}
+    speed, adverb = seen["net_speed"], named[:, 3]
+    moves = (adverb > 0) | (speed > STILL[1])
+    plain = adverb == 0
+    out = {"colour": right["colour"], "shape": right["shape"], "direction": right["direction"][moves],
+           "one_blob": seen["one_blob"].float(), "iou": seen["iou"], "jitter": seen["jitter"],
+           "net_speed": speed, "path_speed": seen["path_speed"], "slowly": speed[adverb == 1], "quickly": speed[adverb == 2],
+           "plain_speed": speed[plain], "dynamic": (speed[plain] > 1).float(), "still": (speed[plain] < .25).float()}
+    out = {name: value.mean().item() for name, value in out.items()}
+    out["slowly_error"] = out["slowly"] / (sum(SLOW) / 2) - 1
+    out["quickly_error"] = out["quickly"] / (sum(FAST) / 2) - 1
+    return out

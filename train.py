@@ -1,0 +1,729 @@
+"""MoGAN post-training (arXiv 2511.21592): Algorithm 1, on one laptop process or on a cluster, by the same code path.
+
+    torchrun --nproc_per_node 2 train.py                                     # the toy world: CPU, nothing to download
+    torchrun --nproc_per_node 16 train.py --videos DIR --prompts FILE        # Wan2.1-T2V-1.3B, the paper's setting
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --videos DIR --prompts FILE
+    python train.py --preset wan1.3b --dry_run                               # the resolved settings and sizes, then stop
+
+Every field of Config is a flag. Running the same command again resumes from the newest checkpoint in --out.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from discriminator import PROMPT, MotionDiscriminator, motion_tensor
+from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step, few_step_times, load_dit,
+                   sample_noise, save_dit, shift_time, velocity_to_x0)
+from raft import clip_beside_flow, load_raft, video_flow
+from sample import read_video, video_files, write_video
+from vae import load_vae
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings. Defaults are the paper's values for wan1.3b; a preset is the list of what differs.
+
+
+@dataclass
+class Config:
+    preset: str = "auto"            # toy, wan1.3b, wan14b; auto: wan1.3b where CUDA is available, else toy
+    out: str = ""                   # run folder, default runs/<preset>: checkpoints, log.jsonl, samples, generator.safetensors
+    seed: int = 0
+    # weights: files, folders or hub names
+    weights: str = ""               # folder of the preset's weights, default as in README
+    generator: str = ""             # a 3-step student to start from; default the preset's own, else the teacher
+    fake_score: str = ""            # default the teacher
+    raft: str = ""                  # default in the weights folder or weights/raft-things.pth
+    # data
+    videos: str = ""                # folder of real videos, searched recursively
+    prompts: str = ""               # file, one prompt a line
+    height: int = 480
+    width: int = 832
+    frames: int = 81                # 1 + 4k
+    fps: int = 16                   # real videos are resampled to it: another frame rate would be a trivial cue
+    workers: int = 2                # processes a rank that decode real videos ahead of the step
+    # length of each phase, in cycles
+    steps: int = 800                # full MoGAN cycles (App. B)
+    warmup_steps: int = -1          # DMD alone before them, which makes the 3-step start; -1: 600 from the teacher, else 0
+    fake_warmup: int = -1           # fake score alone, before all else; -1: 50 for a given student, else 0
+    discriminator_warmup: int = 20  # discriminator heads alone, before the first full cycle
+    # optimisation
+    batch: int = 16                 # samples of a generator or fake-score update, over all ranks
+    discriminator_batch: int = 64   # clips of a discriminator update, over all ranks; at most batch * fake_steps
+    micro_batch: int = 1            # samples a rank computes at once; the rest is gradient accumulation
+    lr_generator: float = 1e-5
+    lr_fake_score: float = 1e-5
+    lr_discriminator: float = 1e-5
+    beta1: float = 0.0              # CHOICE: no momentum leaks between the generator's two objectives, which share an optimizer
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 10.0              # gradient norm
+    ema: float = 0.0                # decay of an averaged generator, exported beside the plain one; 0: none
+    dtype: str = "auto"             # compute: bf16, fp32; auto: bf16 on CUDA. Master weights are fp32
+    # few-step sampler and distribution matching
+    timesteps: tuple = (1000, 757, 522)
+    shift: float = 8.0
+    guidance: float = 3.5           # w of x_pos + w (x_pos - x_neg), the usual scale minus 1
+    t_min: float = 0.02
+    t_max: float = 0.98
+    fake_steps: int = 4
+    # flow GAN
+    lambda_g: float = 0.5           # lambda_1
+    lambda_d: float = 0.5           # lambda_2
+    lambda_r1: float = 0.3
+    lambda_r2: float = 0.3
+    sigma: float = 0.01             # noise of R1 and R2
+    r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: without sigma, as in Eq. 6-7
+    r_space: str = "latent"         # noise of R1 and R2 on the encoded flow (latent) or on the motion tensor (pixel)
+    window: int = 12                # four-frame chunks behind one boundary frame: 12 are the paper's 49 frames
+    window_start: str = "random"    # random, first
+    raft_iters: int = 12
+    flow_scale: float = 16.0        # px/frame, see motion_tensor
+    depth: int = 16                 # DiT blocks in the discriminator
+    taps: tuple = (7, 13, 15)       # blocks with a head
+    t_star: str = "zero"            # zero (the paper), random (APT): the discriminator's timestep
+    real_roundtrip: bool = False    # pass real clips through the VAE, so that its blur is no cue
+    order: str = "appendix"         # appendix: generator before discriminator; algorithm: after it, as Algorithm 1 prints
+    # ablations of Table 2
+    no_dmd: bool = False
+    no_r: bool = False
+    latent_gan: bool = False        # the discriminator sees the video's latents instead of its flow
+    # bookkeeping
+    save_every: int = 20            # cycles between checkpoints
+    sample_every: int = 50          # cycles between sample clips
+    samples: int = 4                # how many
+    dry_run: bool = False
+
+
+PRESETS = {
+    "wan1.3b": {},
+    "wan14b": {},
+    "toy": dict(height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, batch=12, discriminator_batch=12, micro_batch=12,
+                lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4, timesteps=(1000, 857, 600), shift=3.0, guidance=2.0, fake_steps=2,
+                window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3), sigma=0.05, sample_every=20),
+}
+
+
+def parse_flags(argv):
+    """Config from flags over the preset's row over the defaults; unknown flags, presets and values are one line each."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.error = lambda message: stop(f"{message} (train.py --help lists the flags)")
+    for field in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        if field.type is tuple:
+            kind = dict(type=int, nargs="+")
+        parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind)
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    preset = flags.get("preset", "auto")
+    if preset == "auto":
+        preset = "wan1.3b" if torch.cuda.is_available() else "toy"
+        say(f"preset {preset} ({'' if preset != 'toy' else 'no '}CUDA here; --preset {' or '.join(PRESETS)} to choose)")
+    if preset not in PRESETS:
+        raise ValueError(f"expected --preset auto, {', '.join(PRESETS)}; got {preset}")
+    cfg = Config(**{**PRESETS[preset], **flags, "preset": preset})
+    check(cfg)
+    return resolve(cfg)
+
+
+def resolve(cfg):
+    """Fill in the settings whose default depends on others or on what lies on the disk."""
+    cfg.out, cfg.weights = cfg.out or str(REPO / "runs" / cfg.preset), cfg.weights or str(WEIGHTS[cfg.preset])
+    student = Path(cfg.weights) / "student.safetensors"
+    cfg.generator = cfg.generator or (str(student) if student.exists() else "")
+    if cfg.warmup_steps < 0:
+        cfg.warmup_steps = 0 if cfg.generator else 600
+    if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
+        cfg.fake_warmup = 50 if cfg.generator and not cfg.fake_score else 0
+    if cfg.preset != "toy":
+        cfg.videos, cfg.prompts = cfg.videos or str(REPO / "data" / "videos"), cfg.prompts or str(REPO / "data" / "prompts.txt")
+    return cfg
+
+
+def check(cfg):
+    """Raise ValueError, one line, for settings that cannot run."""
+    for name, allowed in dict(r_form=("divided", "printed"), r_space=("latent", "pixel"), window_start=("random", "first"),
+                              t_star=("zero", "random"), order=("appendix", "algorithm"), dtype=("auto", "bf16", "fp32")).items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"expected --{name} {' or '.join(allowed)}, got {getattr(cfg, name)}")
+    if cfg.frames % 4 != 1 or cfg.frames < 5:
+        raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: try {max(5, cfg.frames // 4 * 4 + 1)}")
+    if cfg.height % 16 or cfg.width % 16:
+        raise ValueError(f"expected --height and --width divisible by 16, got {cfg.height} x {cfg.width}")
+    if not 1 <= cfg.window <= (cfg.frames - 1) // 4:
+        raise ValueError(f"expected --window 1 to {(cfg.frames - 1) // 4} chunks for {cfg.frames} frames, got {cfg.window}")
+    if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
+        raise ValueError(f"expected --discriminator_batch at most batch * fake_steps = {cfg.batch * cfg.fake_steps}, since it reuses "
+                         f"the fake score's samples; got {cfg.discriminator_batch}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plumbing: one path for one process or many
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(line):
+    if rank() == 0:
+        tqdm.write(line)
+        sys.stdout.flush()
+
+
+def stop(line):
+    say(f"train.py: {line}")
+    sys.exit(2)
+
+
+def setup():
+    """Start the process group (one process included); returns the device and the mesh to shard over."""
+    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost").items():
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    dist.init_process_group("nccl" if cuda else "gloo")
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    # Inside a node parameters are sharded, across nodes replicated (HSDP): the slow links carry gradients only.
+    shape = (world() // local, local) if world() > local else (world(),)
+    return torch.device("cuda" if cuda else "cpu"), init_device_mesh("cuda" if cuda else "cpu", shape)
+
+
+def shard(net, blocks, mesh, dtype, checkpointing=True):
+    """FSDP2: each block, then the rest. Only `net(...)` may be called afterwards."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        block.checkpointing = checkpointing
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(net, mesh=mesh, mp_policy=policy)
+
+
+def seed_of(*key):
+    """A seed that is a function of what it is for: resuming, or another number of ranks, draws the same."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+class Draw(NamedTuple):
+    """The random numbers of one use (role) in one cycle, for the samples of one micro-batch."""
+    seed: int
+    step: int
+    role: str
+    index: list
+
+    def seeds(self, what):
+        return [seed_of(self.seed, self.step, self.role, what, i) for i in self.index]
+
+    def uniform(self, what):
+        """One number in [0, 1) a sample, [B]."""
+        return torch.tensor([torch.rand((), generator=torch.Generator().manual_seed(s)) for s in self.seeds(what)])
+
+    def noise(self, shape, steps):
+        """[steps, B, *shape]"""
+        return sample_noise(self.seeds("noise"), shape, steps)
+
+    def renoise(self, shape):
+        """[B, *shape], apart from the above."""
+        return sample_noise(self.seeds("renoise"), shape, 1)[0]
+
+    def choice(self, what, count):
+        """One of range(count), the same for all samples and ranks."""
+        return seed_of(self.seed, self.step, self.role, what) % count
+
+
+def shares(batch, micro_batch):
+    """This rank's micro-batches of a global batch: (sample indices, weights) lists, equally many on every rank.
+
+    Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size over all ranks,
+    which undoes FSDP's mean: the gradient is that of the mean over the global batch, on any number of ranks.
+    """
+    each = math.ceil(batch / world())
+    mine = [i * world() + rank() for i in range(each)]
+    for first in range(0, each, micro_batch):
+        index = mine[first: first + micro_batch]
+        yield index, torch.tensor([world() / batch if i < batch else 0.0 for i in index])
+
+
+def discriminator_shares(cfg):
+    """The same for a discriminator update, whose generated half are the fake score's rollouts, in their order."""
+    for k in range(math.ceil(cfg.discriminator_batch / cfg.batch)):
+        for index, weight in shares(cfg.batch, cfg.micro_batch):
+            used = torch.tensor([k * cfg.batch + i < cfg.discriminator_batch for i in index])
+            yield [k * cfg.batch + i for i in index], weight * used * cfg.batch / cfg.discriminator_batch
+
+
+def total(values):
+    """Sum over ranks of a dict of per-rank sums that each already carry their weights."""
+    stack = torch.stack([value.detach().double().cpu() for value in values.values()]) / world()
+    stack = stack.to("cuda") if dist.get_backend() == "nccl" else stack
+    dist.all_reduce(stack)
+    return dict(zip(values, stack.tolist()))
+
+
+class Log:
+    """One line a cycle on the screen and one JSON object a cycle in log.jsonl; only rank 0 writes."""
+
+    def __init__(self, path, start):
+        self.path = path
+        if rank() == 0 and path.exists():  # what a killed run logged after its last checkpoint will be logged again
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < start]
+            path.write_text("".join(lines))
+
+    def write(self, values):
+        if rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            text = [f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items() if key != "step"]
+            say(f"{values['step']:5d} " + " | ".join(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real clips, decoded by workers ahead of the step
+
+
+class RealClips(Dataset):
+    """(step, index) -> pixels [3, T, H, W] of a random real clip (None if no file gives one), and why files were passed over."""
+
+    def __init__(self, cfg, files, frames):
+        self.cfg, self.files, self.frames = cfg, files, frames
+
+    def __getitem__(self, key):
+        cfg, skipped = self.cfg, []
+        place = Draw(cfg.seed, key[0], "real", [key[1]]).uniform("place").item()
+        seed = seed_of(cfg.seed, *key, "file")
+        if not self.files:
+            from toy.world import clip
+            x = clip(seed, motion_rich=True).pixels[0]
+            first = int(place * (x.shape[1] - self.frames + 1))
+            return x[:, first: first + self.frames], skipped
+        for i in torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist():
+            try:
+                return read_video(self.files[i], self.frames, (cfg.height, cfg.width), cfg.fps, place)[0], skipped
+            except ValueError as error:
+                skipped.append(str(error))
+        return None, skipped
+
+
+def real_clips(cfg, frames, first, last):
+    """Yield this rank's micro-batches of real clips [B, 3, T, H, W], cycle by cycle, decoded by workers ahead of the step.
+
+    A file that cannot be used is named once and passed over; ValueError if none can.
+    """
+    files, told = (video_files(cfg.videos) if cfg.videos else []), set()
+    keys = [[(step, i) for i in index] for step in range(first, last) for index, _ in discriminator_shares(cfg)]
+    for batch in DataLoader(RealClips(cfg, files, frames), batch_sampler=keys, collate_fn=list, num_workers=cfg.workers):
+        for line in dict.fromkeys(line for _, skipped in batch for line in skipped if line not in told):
+            told.add(line)
+            tqdm.write(f"skipped: {line} ({len(told)} of {len(files)} files)")
+        if any(x is None for x, _ in batch):
+            raise ValueError(f"expected videos of at least {frames / cfg.fps:.2f} s in {cfg.videos}, none of {len(files)} can be used")
+        yield torch.stack([x for x, _ in batch])
+
+
+def read_prompts(path):
+    """The lines of a prompt file, without blanks and # comments; the toy world's own prompts if there is none."""
+    if not path:
+        from toy.world import PROMPTS
+        return PROMPTS
+    if not Path(path).is_file():
+        raise ValueError(f"expected --prompts, a text file with one prompt a line, got {path}: no such file")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    prompts = [line for line in prompts if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"expected at least one prompt in {path}, got none")
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses. All return one value per sample, [B].
+
+
+def mean(x):
+    return x.flatten(1).mean(dim=1)
+
+
+def dmd_loss(z0, x0_real, x0_fake):
+    """Eq. 1-2: its gradient in z0 is (x0_fake - x0_real) / mean|z0 - x0_real|, the difference of the scores.
+
+    CHOICE: Eq. 1 prints the opposite sign, with which the KL would grow; DMD's (arXiv 2405.14867) descends it.
+    """
+    grad = (x0_fake - x0_real) / mean((z0 - x0_real).abs()).view(-1, 1, 1, 1, 1)
+    return 0.5 * mean((z0 - (z0 - grad.nan_to_num()).detach()).square())
+
+
+def fake_loss(v_fake, noise, z0):
+    """Eq. 3: flow matching of the fake score on the generator's samples."""
+    return mean((v_fake - (noise - z0)).square())
+
+
+def gan_g_loss(logit_gen):
+    """Eq. 5, g(x) = log(1 + e^x)."""
+    return F.softplus(-logit_gen)
+
+
+def gan_d_loss(logit_real, logit_gen):
+    """Eq. 4."""
+    return F.softplus(-logit_real) + F.softplus(logit_gen)
+
+
+def r_loss(logit, logit_noised, sigma, form):
+    """Eq. 6 and 7, a finite difference in place of the gradient penalty, which FSDP with checkpointing cannot differentiate.
+
+    CHOICE: "divided" estimates |grad D|^2, whatever sigma is; as printed the term is sigma^2 of that, 1e-4, and does nothing.
+    """
+    return ((logit - logit_noised) / (sigma if form == "divided" else 1.0)).square()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks, checkpoints, samples
+
+
+def find_raft(cfg):
+    """The flow network's file: --raft, the preset's own, or RAFT-things in either public naming."""
+    names = [Path(cfg.weights) / "raft.safetensors", REPO / "weights" / "raft-things.pth",
+             REPO / "weights" / "raft_large_C_T_V1-22a6c225.pth"]
+    return cfg.raft or next((path for path in names if path.exists()), names[1])
+
+
+def load_networks(cfg):
+    """Generator, teacher, fake score and discriminator in fp32 on the CPU, and the frozen VAE and RAFT."""
+    teacher = load_dit(cfg.weights)
+    generator, fake_score = load_dit(cfg.generator or cfg.weights), load_dit(cfg.fake_score or cfg.weights)
+    for name, net in dict(generator=generator, fake_score=fake_score).items():
+        if net.cfg != teacher.cfg:
+            raise ValueError(f"expected a {name} of the teacher's architecture {teacher.cfg}, got {net.cfg}")
+    torch.manual_seed(cfg.seed)  # the heads must be the same on every rank before they are sharded
+    discriminator = MotionDiscriminator(teacher.cfg, cfg.depth, cfg.taps).load_trunk(teacher)
+    return generator, teacher, fake_score, discriminator, load_vae(cfg.weights), load_raft(find_raft(cfg))
+
+
+def adamw(net, lr, cfg):
+    """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    for p in net.parameters():
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
+
+
+def live_state(nets, optimizers, ema):
+    """Every tensor a resume needs, by name, as views of the live (sharded) ones: saving reads them, loading fills them in place."""
+    state = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for key, p in nets[name].named_parameters():
+            state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in optimizer.state[p].items()})
+    return {**state, **{f"ema.{key}": value for key, value in ema.items()}}
+
+
+def checkpoints(out):
+    return sorted(path for path in Path(out).glob("checkpoint-*") if path.suffix != ".part")
+
+
+def save_checkpoint(cfg, step, state):
+    """Write aside, then rename: a kill at any moment leaves the previous checkpoint. Keeps the newest and one more."""
+    path = Path(cfg.out) / f"checkpoint-{step:06d}"
+    part = path.with_suffix(".part")
+    if rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
+    dcp.save(state, checkpoint_id=part)
+    dist.barrier()
+    if rank() == 0:
+        (part / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
+        for old in checkpoints(cfg.out)[:-2]:
+            shutil.rmtree(old)
+
+
+def export(cfg, step, net, state, name):
+    """Gather a generator and write it under the official keys as runs/<out>/<name>.safetensors."""
+    full = {}
+    for key, value in state.items():
+        value = value.full_tensor()
+        if rank() == 0:
+            full[key] = value.cpu()
+    if rank() == 0:
+        path = Path(cfg.out) / f"{name}.safetensors"
+        head = REPO / ".git" / "HEAD"
+        ref = head.read_text().split()[-1] if head.exists() else ""
+        commit = (REPO / ".git" / ref).read_text().strip() if (REPO / ".git" / ref).is_file() else ref
+        save_dit(full, path.with_suffix(".part"), net.cfg, preset=cfg.preset, step=step, commit=commit,
+                 sampler=json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift}))
+        path.with_suffix(".part").rename(path)
+        say(f"wrote {path}: python sample.py --preset {cfg.preset} --generator {path}")
+
+
+@torch.no_grad()
+def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape):
+    """Sample fixed prompts with fixed seeds and write clip and flow side by side; returns the log entry, with scores where truth is known."""
+    device, clips = next(generator.parameters()).device, []
+    for index, _ in shares(min(cfg.samples, len(prompts)), cfg.micro_batch):
+        chosen = [prompts[i % len(prompts)] for i in index]
+        noise = sample_noise([seed_of("sample", i) for i in index], shape, len(times)).to(device)
+        x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1).float()
+        for i, prompt, clip in zip(index, chosen, x):
+            if i < 4:
+                flow = video_flow(raft, clip[None], cfg.raft_iters)[0]
+                write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i}.mp4", clip_beside_flow(clip, flow), cfg.fps)
+            clips.append((i, prompt, clip.cpu()))
+    if cfg.preset != "toy" or cfg.videos or cfg.prompts:
+        return {"step": step, "phase": "samples"}
+    from toy.world import score
+    everyone = [None] * world()
+    dist.all_gather_object(everyone, clips)
+    clips = sorted((c for part in everyone for c in part if c[0] < cfg.samples), key=lambda c: c[0])
+    return {"step": step, "phase": "samples", **score(torch.stack([c[2] for c in clips]), [c[1] for c in clips])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def motion(cfg, raft, x):
+    """Pixels [B, 3, T, H, W] -> motion tensor of the same shape."""
+    return motion_tensor(video_flow(raft, x, cfg.raft_iters), cfg.flow_scale)
+
+
+def generated_motion(cfg, vae, raft, z0, start):
+    """o_gen of a window of z0: only it is decoded, with the state before it detached (App. A)."""
+    return z0 if cfg.latent_gan else motion(cfg, raft, vae.decode_window(z0, start, cfg.window))
+
+
+def real_motion(cfg, vae, raft, x):
+    """o_real of real pixels."""
+    if cfg.latent_gan or not cfg.real_roundtrip:
+        return vae.encode(x) if cfg.latent_gan else motion(cfg, raft, x)
+    return motion(cfg, raft, vae.decode(vae.encode(x)))
+
+
+def see(cfg, vae, o):
+    """What the discriminator takes of o: its VAE latents."""
+    return o if cfg.latent_gan else vae.encode(o)
+
+
+def trainable(net, flag, part=None):
+    """Freeze or free a sharded network, or a part of it."""
+    (part or net).requires_grad_(flag)
+    net.reshard()  # its root may still be gathered under the old flag, and would go on collecting gradients
+
+
+def tally(sums, name, values, weight):
+    """Add a micro-batch of per-sample values to the weighted sum under this name; returns the micro-batch's part."""
+    part = (values * weight.to(values.device)).sum()
+    sums[name] = sums.get(name, 0) + part.detach()
+    return part
+
+
+def update(cfg, name, net, optimizer, sums, bad):
+    """Clip and step, on all ranks alike, and return the update's figures.
+
+    An update that is not finite is left out and counted in bad; five in a row raise ValueError.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip).full_tensor().item()
+    figures = {**total(sums), f"norm_{name}": norm}
+    if all(math.isfinite(figure) for figure in figures.values()):
+        optimizer.step()
+        bad[name] = 0
+    else:
+        bad[name] = bad.get(name, 0) + 1
+        say(f"left out: an update of {name} with {figures} ({bad[name]} in a row)")
+        if bad[name] == 5:
+            raise ValueError(f"five updates of {name} in a row were not finite: lower its learning rate or try --dtype fp32; "
+                             f"the last checkpoint in {cfg.out} is untouched")
+    optimizer.zero_grad(set_to_none=True)
+    return figures
+
+
+def train(cfg):
+    # Everything that can be wrong with the input shows before the weights are loaded.
+    prompts = read_prompts(cfg.prompts)
+    say(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
+    phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.warmup_steps
+    phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.steps
+    saved, last = checkpoints(cfg.out), len(phases)
+    start = int(saved[-1].name.split("-")[1]) if saved else 0
+    f, window = 1 + (cfg.frames - 1) // 4, cfg.window
+    first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
+    reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * window, first_real, last)
+    reals = itertools.chain([next(reals)], reals) if first_real < last else reals
+    generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
+    device, mesh = setup()
+    out = Path(cfg.out)
+    if rank() == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
+    contexts = encode_prompts([*prompts, NEGATIVE_PROMPT, PROMPT, ""], cfg.weights, out / "contexts", device)
+
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda") else None
+    vae, raft = vae.to(device, dtype), raft.to(device)
+    teacher.requires_grad_(False)
+    for net, blocks in (generator, generator.blocks), (fake_score, fake_score.blocks), (teacher, teacher.blocks), \
+                       (discriminator, discriminator.trunk.blocks):
+        shard(net, blocks, mesh, dtype)
+    nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
+    optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
+    ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
+    state = live_state(nets, optimizers, ema)
+    if saved:
+        dcp.load(state, checkpoint_id=saved[-1])
+        say(f"resumed {saved[-1]}")
+
+    times, shape = few_step_times(cfg.timesteps, cfg.shift), (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)
+    negative = contexts([NEGATIVE_PROMPT if cfg.preset != "toy" else ""]).to(device)
+    motion_context = contexts([PROMPT]).to(device)
+    for net in nets.values():  # FSDP settles a net's gradient dtype at its first forward: let that be while it can train
+        with torch.no_grad():
+            net(torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device), motion_context)
+        trainable(net, True)
+
+    def rollout(draw):
+        """z0 of the generator by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
+        context = contexts([prompts[seed % len(prompts)] for seed in draw.seeds("prompt")]).to(device)
+        # CHOICE: one exit step an update. A forward of a sharded net is collective, so all ranks must leave together.
+        exit_step = draw.choice("exit", len(times))
+        return few_step(generator, draw.noise(shape, len(times)).to(device), context, times, exit_step), context
+
+    def score_times(draw):
+        """t [B] of a score update. CHOICE: uniform, shifted towards noise, clamped, as CausVid; the paper says t ~ [0, 1]."""
+        return shift_time(draw.uniform("t"), cfg.shift).clamp(cfg.t_min, cfg.t_max).to(device)
+
+    def judge(seen, draw):
+        """Logits [B n] of n tensors of B motion latents each."""
+        t = shift_time(draw.uniform("t*"), cfg.shift).to(device) if cfg.t_star == "random" else torch.zeros(len(draw.index), device=device)
+        return discriminator(seen, t.repeat(len(seen) // len(t)), motion_context.expand(len(seen), -1, -1))
+
+    bad, log = {}, Log(out / "log.jsonl", start)
+    for step in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
+        if cfg.samples and (step % cfg.sample_every == 0 or step == last):
+            log.write(sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape))
+        if step > start and (step % cfg.save_every == 0 or step == last):
+            save_checkpoint(cfg, step, state)
+        if step == last:
+            break
+        began, phase, figures, rollouts = time.time(), phases[step], {}, []
+        window_start = Draw(cfg.seed, step, "window", []).choice("start", f - window) if cfg.window_start == "random" else 0
+
+        # 1. Generator: distribution matching.                                             Alg. 1 l.3-7, Eq. 1-2
+        if phase in ("dmd_warmup", "mogan") and not cfg.no_dmd:
+            sums = {}
+            for index, weight in shares(cfg.batch, cfg.micro_batch):
+                draw = Draw(cfg.seed, step, "dmd", index)
+                z0, context = rollout(draw)
+                with torch.no_grad():
+                    t = score_times(draw)
+                    z_t = add_noise(z0, draw.renoise(shape).to(device), t)
+                    x0_fake = velocity_to_x0(fake_score(z_t, t, context), z_t, t)
+                    x0_pos = velocity_to_x0(teacher(z_t, t, context), z_t, t)
+                    x0_neg = velocity_to_x0(teacher(z_t, t, negative.expand_as(context)), z_t, t)
+                    x0_real = x0_pos + cfg.guidance * (x0_pos - x0_neg)
+                tally(sums, "dmd", dmd_loss(z0, x0_real, x0_fake), weight).backward()
+            figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
+            figures["norm_dmd"] = figures.pop("norm_generator")
+
+        # 2. Fake score: follow the generator by flow matching.                             Alg. 1 l.8-13, Eq. 3
+        for k in range(cfg.fake_steps):
+            sums = {}
+            for index, weight in shares(cfg.batch, cfg.micro_batch):
+                draw = Draw(cfg.seed, step, f"fake{k}", index)
+                with torch.no_grad():
+                    z0, context = rollout(draw)
+                rollouts.append(z0)  # CHOICE: they are the discriminator's generated half as well, batch * fake_steps of them
+                if not cfg.no_dmd:
+                    t, noise = score_times(draw), draw.renoise(shape).to(device)
+                    tally(sums, "fake", fake_loss(fake_score(add_noise(z0, noise, t), t, context), noise, z0), weight).backward()
+            if sums:
+                figures |= update(cfg, "fake_score", fake_score, optimizers["fake_score"], sums, bad)
+
+        for turn in ("generator", "discriminator")[:: 1 if cfg.order == "appendix" else -1]:
+            # 3. Generator: its flow shall look real.                                      Alg. 1 l.14-16, 19, Eq. 5
+            if turn == "generator" and phase == "mogan":
+                sums = {}
+                trainable(discriminator, False)
+                for index, weight in shares(cfg.batch, cfg.micro_batch):
+                    draw = Draw(cfg.seed, step, "gan", index)
+                    o_gen = generated_motion(cfg, vae, raft, rollout(draw)[0], window_start)
+                    logit_gen = judge(see(cfg, vae, o_gen), draw)
+                    (cfg.lambda_g * tally(sums, "gan_g", gan_g_loss(logit_gen), weight)).backward()
+                trainable(discriminator, True)
+                figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
+                figures["norm_gan"] = figures.pop("norm_generator")
+
+            # 4. Discriminator: real against generated motion, with R1 and R2.             Alg. 1 l.15-18, Eq. 4, 6-8
+            if turn == "discriminator" and phase in ("discriminator_warmup", "mogan"):
+                sums = {}
+                trainable(discriminator, phase == "mogan", discriminator.trunk)
+                for z0, (index, weight) in zip(rollouts, discriminator_shares(cfg)):
+                    draw = Draw(cfg.seed, step, "judge", index)
+                    with torch.no_grad():
+                        o_gen = generated_motion(cfg, vae, raft, z0, window_start)
+                        o_real = real_motion(cfg, vae, raft, next(reals).to(device))
+                        seen, r1, r2 = see(cfg, vae, torch.cat([o_real, o_gen])), 0, 0
+                        if not cfg.no_r:
+                            target = torch.cat([o_real, o_gen]) if cfg.r_space == "pixel" else seen
+                            noised = target + cfg.sigma * draw.noise(target.shape[1:], 2).flatten(0, 1).to(device)
+                            seen = torch.cat([seen, see(cfg, vae, noised) if cfg.r_space == "pixel" else noised])
+                    logit_real, logit_gen, *logits_noised = judge(seen, draw).chunk(len(seen) // len(index))
+                    if not cfg.no_r:
+                        r1 = tally(sums, "r1", r_loss(logit_real, logits_noised[0], cfg.sigma, cfg.r_form), weight)
+                        r2 = tally(sums, "r2", r_loss(logit_gen, logits_noised[1], cfg.sigma, cfg.r_form), weight)
+                    gan_d = tally(sums, "gan_d", gan_d_loss(logit_real, logit_gen), weight)
+                    (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
+                    tally(sums, "logit_real", logit_real, weight), tally(sums, "logit_gen", logit_gen, weight)
+                figures |= update(cfg, "discriminator", discriminator, optimizers["discriminator"], sums, bad)
+
+        for key, value in ema.items():
+            value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)
+        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+        log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
+    export(cfg, last, generator, generator.state_dict(), "generator")
+    if ema:
+        export(cfg, last, generator, ema, "generator_ema")
+    dist.destroy_process_group()
+
+
+def dry_run(cfg):
+    """Print what a run would hold: parameters, and the bytes a rank keeps between updates."""
+    with torch.device("meta"):
+        dit = WanDiT(CONFIGS[cfg.preset])
+        discriminator = MotionDiscriminator(CONFIGS[cfg.preset], cfg.depth, cfg.taps)
+    count = {"generator": dit, "fake_score": dit, "teacher": dit, "discriminator": discriminator}
+    for name, net in count.items():
+        n, each = sum(p.numel() for p in net.parameters()), 4 if name == "teacher" else 16
+        say(f"{name:14s} {n / 1e6:9.1f} M parameters, {n * each / world() / 2**30:7.2f} GiB a rank "
+            f"({'weights' if each == 4 else 'weights, gradients and AdamW'}, fp32, {world()} ranks)")
+
+
+def main(argv=None):
+    try:
+        cfg = parse_flags(argv)
+        say(json.dumps(asdict(cfg)))
+        dry_run(cfg) if cfg.dry_run else train(cfg)
+    except (ValueError, OSError) as error:
+        stop(str(error))
+
+
+if __name__ == "__main__":
+    main()

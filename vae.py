@@ -1,0 +1,402 @@
+"""The Wan2.1 video VAE, chunk-recurrent: 1 + 4k frames [B, 3, T, H, W] in [-1, 1] <-> k + 1 latents [B, C, f, h, w].
+
+Every temporal convolution is causal, so a clip passes through in chunks, the last input frames of each convolution being all
+that a chunk needs of its past. Here that state is a value: a layer maps (x, past) -> (y, past), `run` maps (x, state) ->
+(y, state) through a stack of layers, and nothing is stored on a module. Hence a chunk can be checkpointed, a gradient stops where
+the state is detached, and nothing after a window need be decoded. `past` is None before the first frame of a clip.
+Module attributes carry the official checkpoint's names (numbers included), so that loading is strict.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.utils.checkpoint import checkpoint
+
+from model import assign, read_state_dict, rename
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layers: (x [B, C, T, H, W], past) -> (y, past)
+
+
+def frames(x):
+    return x.transpose(1, 2).flatten(0, 1)                                        # [B T, C, H, W]
+
+
+def clips(x, B):
+    return x.unflatten(0, (B, -1)).transpose(1, 2)                                # [B, C, T, H, W]
+
+
+class RMSNorm(nn.Module):
+    """x / |x| sqrt(C) gamma over the channels; the length is summed in fp32 whatever the dtype of x."""
+
+    def __init__(self, dim, axes=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
+
+    def forward(self, x):
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        return (x * (x.shape[1] ** 0.5 / length.clamp_min(1e-12)).to(x.dtype)).mul_(self.gamma)
+
+
+def norm_silu(norm, x):
+    return F.silu(norm(x), inplace=True)
+
+
+class CausalConv(nn.Conv3d):
+    """The one place where time is streamed: convolve [past, x] and hand on the last frames of the input.
+
+    past: [B, C, 2, H, W] (1 frame for a temporal stride of 2), or None before the first frame, which stands for zeros.
+    """
+
+    def __init__(self, dim, out_dim, kernel=3, stride=1):
+        super().__init__(dim, out_dim, kernel, stride, padding=(0, 1, 1) if kernel == 3 else 0)
+
+    def forward(self, x, past):
+        if past is None:
+            # A first chunk is one frame after zeros: only the last temporal tap sees anything.
+            assert x.shape[2] == 1, x.shape
+            y = F.conv3d(x, self.weight[:, :, -1:], self.bias, padding=self.padding)
+            return y, torch.cat([torch.zeros_like(x), x], dim=2)
+        x = torch.cat([past, x], dim=2)
+        # A slice would keep the whole of x alive; the copy is two frames.
+        return super().forward(x), x[:, :, -past.shape[2]:].clone()
+
+
+class ResBlock(nn.Module):
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim),
+                                       "3": RMSNorm(out_dim), "6": CausalConv(out_dim, out_dim)})
+        self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
+
+    def forward(self, x, past):
+        past1, past2 = past or (None, None)
+        y, past1 = self.residual["2"](norm_silu(self.residual["0"], x), past1)
+        y, past2 = self.residual["6"](norm_silu(self.residual["3"], y), past2)
+        return y.add_(self.shortcut(x)), (past1, past2)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention inside each frame."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.norm = RMSNorm(dim, axes=2)
+        self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x, past):
+        B, C, T, H, W = x.shape
+        qkv = self.to_qkv(self.norm(frames(x)))                                   # [B T, 3 C, H, W]
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)         # [B T, 1, H W, C]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)         # [B T, C, H W]
+        return x + clips(self.proj(y.unflatten(2, (H, W))), B), past
+
+
+class Down(nn.Module):
+    """Halve H and W; if temporal also T, except on the first frame, which only enters the state."""
+
+    def __init__(self, dim, temporal):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, stride=2)})
+        self.time_conv = CausalConv(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+
+    def forward(self, x, past):
+        x = clips(self.resample["1"](F.pad(frames(x), (0, 1, 0, 1))), len(x))
+        if self.time_conv is None:
+            return x, past
+        return (x, x.clone()) if past is None else self.time_conv(x, past)
+
+
+def upsample_conv(conv, x):
+    """Nearest-neighbour doubling, then a 3x3 convolution, of x [N, C, H, W], as one transposed convolution.
+
+    Doubled pixels repeat, so the nine taps fall on four inputs: 2.25 times less work, and the doubled x never exists.
+    """
+    weight = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)  # [out, in, 4, 4]: sums of taps
+    return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
+
+
+class Up(nn.Module):
+    """Double H and W and halve C; if temporal first double T, except on the first frame, which also leaves no state."""
+
+    def __init__(self, dim, temporal):
+        super().__init__()
+        self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim // 2, 3)})
+        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1)) if temporal else None
+
+    def forward(self, x, past):
+        if self.time_conv is not None and past is None:
+            past = torch.zeros_like(torch.cat([x, x], dim=2))
+        elif self.time_conv is not None:
+            y, past = self.time_conv(x, past)                                     # [B, 2 C, T, H, W], even | odd frames
+            y = y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).movedim(4, 2)      # [B, T, 2, H, W, C]
+            x = y.flatten(1, 2).permute(0, 4, 1, 2, 3)                            # [B, C, 2 T, H, W]
+        return clips(upsample_conv(self.resample["1"], frames(x)), len(x)), past
+
+
+class Head(nn.ModuleDict):
+    def __init__(self, dim, out_dim):
+        super().__init__({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim)})
+
+    def forward(self, x, past):
+        return self["2"](norm_silu(self["0"], x), past)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stacks of layers, chunk by chunk
+
+
+def run(layers, x, state, remat_blocks=False):
+    """Advance layers by one chunk: (x [B, C, T, H, W], state) -> (y, state), one state entry a layer. A pure function.
+
+    remat_blocks: checkpoint each residual block, which bounds what a recomputation of the chunk holds.
+    """
+    x, state, after = x.contiguous(memory_format=torch.channels_last_3d), iter(state), []
+    for layer in layers:
+        if remat_blocks and isinstance(layer, ResBlock):
+            x, past = checkpoint(layer, x, next(state), use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, past = layer(x, next(state))
+        after.append(past)
+    return x, after
+
+
+def handed_over(items):
+    """Iterate over a list while emptying it, so that an old state is freed as soon as its layer has made the new one."""
+    while items:
+        yield items.pop(0)
+
+
+def scan(layers, x, state, sizes, remat="pass"):
+    """Advance layers over x in chunks of `sizes` frames: (x, state or None) -> (y, state).
+
+    remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none" neither.
+    """
+    assert remat in ("none", "pass", "block"), remat
+    state, out = list(state) if state else [None] * len(layers), []
+    grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters()))
+    for chunk in x.split(sizes, dim=2):
+        if grad and remat != "none":
+            y, state = checkpoint(run, layers, chunk, state, remat == "block", use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = run(layers, chunk, handed_over(state))
+        out.append(y)
+    return torch.cat(out, dim=2), state
+
+
+def chunk_sizes(length, step, first):
+    """Sizes of the passes over `length` frames: at a clip's start frame 0 alone, which no time_conv resamples; then `step` each."""
+    rest = length - first
+    return [1] * first + [step] * (rest // step) + [rest % step] * (rest % step > 0)
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        dims = [cfg.dim * m for m in (1, *cfg.dim_mult)]
+        self.conv1, self.downsamples = CausalConv(3, dims[0]), nn.ModuleList()
+        for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
+            self.downsamples.extend(ResBlock(dim if j == 0 else out_dim, out_dim) for j in range(cfg.res_blocks))
+            if i < len(cfg.temporal_down):
+                self.downsamples.append(Down(out_dim, cfg.temporal_down[i]))
+        self.middle = nn.ModuleList([ResBlock(out_dim, out_dim), Attention(out_dim), ResBlock(out_dim, out_dim)])
+        self.head = Head(out_dim, 2 * cfg.z_dim)
+
+    def layers(self):
+        return [self.conv1, *self.downsamples, *self.middle, self.head]
+
+
+class Decoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        dims = [cfg.dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
+        self.conv1 = CausalConv(cfg.z_dim, dims[0])
+        self.middle = nn.ModuleList([ResBlock(dims[0], dims[0]), Attention(dims[0]), ResBlock(dims[0], dims[0])])
+        self.upsamples = nn.ModuleList()
+        for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
+            dim = dim // 2 if i else dim  # the Up before it halved the channels
+            self.upsamples.extend(ResBlock(dim if j == 0 else out_dim, out_dim) for j in range(cfg.res_blocks + 1))
+            if i < len(cfg.temporal_down):
+                self.upsamples.append(Up(out_dim, cfg.temporal_down[-1 - i]))
+        self.head = Head(out_dim, 3)
+
+    def layers(self):
+        return [self.conv1, *self.middle, *self.upsamples, self.head]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    dim: int                                    # channels at full resolution
+    z_dim: int                                  # latent channels C
+    latents_mean: tuple                         # [C], of the raw latents; z = (mean - latents_mean) / latents_std
+    latents_std: tuple                          # [C]
+    dim_mult: tuple = (1, 2, 4, 4)              # channels of each level / dim; H and W halve between levels
+    res_blocks: int = 2                         # a level of the encoder; the decoder has one more
+    temporal_down: tuple = (False, True, True)  # where T halves as well
+
+
+WAN = VAEConfig(
+    dim=96, z_dim=16,
+    latents_mean=(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                  0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    latents_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+                 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160))
+CONFIGS = {
+    "toy": VAEConfig(dim=8, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, res_blocks=1),
+    "wan1.3b": WAN,
+    "wan14b": WAN,
+}
+
+
+class WanVAE(nn.Module):
+    """Wan2.1's causal video autoencoder (Wan-Video/Wan2.1), strides 4 x 8 x 8.
+
+    Computes in the weights' dtype and answers in the input's. Arguments that all methods share:
+    latents_per_pass: how many latents (4 frames each) go through at once after the first, which goes alone. More is
+        faster and takes more memory; the result differs by rounding only.
+    remat: what is recomputed in the backward pass instead of kept, see `scan`.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
+        self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
+
+    def mean_std(self, z):
+        """The latents' mean and std, fp32, to broadcast against z."""
+        return [torch.tensor(v, device=z.device).view(-1, 1, 1, 1) for v in (self.cfg.latents_mean, self.cfg.latents_std)]
+
+    def moments(self, x, latents_per_pass=1, remat="pass"):
+        """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; for training a VAE. Checks x as encode does."""
+        if x.ndim != 5 or x.shape[1] != 3 or x.shape[2] % 4 != 1:
+            raise ValueError(f"expected a clip [B, 3, 1 + 4k, H, W], got {list(x.shape)}: cut it to 1 + 4k frames")
+        if x.shape[3] % 8 or x.shape[4] % 8:
+            raise ValueError(f"expected sides divisible by 8, got {x.shape[3]}x{x.shape[4]}: crop or resize the clip")
+        sizes = chunk_sizes(x.shape[2], 4 * latents_per_pass, first=True)
+        y, _ = scan(self.encoder.layers(), x.to(self.conv1.weight.dtype), None, sizes, remat)
+        return self.conv1(y).chunk(2, dim=1)
+
+    def encode(self, x, latents_per_pass=1, remat="pass"):
+        """The normalised mean latents z [B, C, f, h, w] of pixels x [B, 3, T, H, W] in [-1, 1].
+
+        Raises ValueError unless T = 1 + 4k and H and W are divisible by 8.
+        """
+        mean, std = self.mean_std(x)
+        return ((self.moments(x, latents_per_pass, remat)[0] - mean) / std).to(x.dtype)
+
+    def advance(self, z, state=None, latents_per_pass=1, remat="pass"):
+        """Decode the latents z that follow those behind `state` (None: a clip starts): (z, state) -> (x, state). Pure.
+
+        z: [B, C, n, h, w] normalised. x: [B, 3, 4n, 8h, 8w], 4n - 3 frames at a clip's start. A state may be used again.
+        """
+        if z.ndim != 5 or z.shape[1] != self.cfg.z_dim or not z.shape[2]:
+            raise ValueError(f"expected latents [B, {self.cfg.z_dim}, f, h, w], got {list(z.shape)}: another VAE's?")
+        mean, std = self.mean_std(z)
+        y = self.conv2((z * std + mean).to(self.conv2.weight.dtype))
+        sizes = chunk_sizes(z.shape[2], latents_per_pass, first=state is None)
+        x, state = scan(self.decoder.layers(), y, state, sizes, remat)
+        return x.to(z.dtype), state
+
+    def decode(self, z, latents_per_pass=1, remat="pass"):
+        """Pixels x [B, 3, T, H, W] of normalised latents z [B, C, f, h, w]; about [-1, 1], not clamped (a clamp has no gradient)."""
+        return self.advance(z, None, latents_per_pass, remat)[0]
+
+    def decode_window(self, z, start, chunks, latents_per_pass=1, remat="pass"):
+        """1 + 4 chunks frames of z [B, C, f, h, w]: a boundary frame, then 4 frames of each latent start + 1 .. start + chunks.
+
+        The boundary frame is the last one of latent `start`. Truncated BPTT: latents 0 .. start run under no_grad, and the state
+        they leave carries no gradient, which makes the gradient exact for the window's latents and zero for all before. With
+        start = 0 the boundary frame is frame 0 and its latent belongs to the window. Latents after the window are never
+        decoded. Pixels as from decode. Raises ValueError if the window does not fit into z.
+        """
+        # CHOICE: the paper's "12 latent chunks = 49 frames" is read as 12 chunks of 4 frames and the frame before them.
+        end = start + 1 + chunks
+        if start < 0 or chunks < 1 or end > z.shape[2]:
+            raise ValueError(f"expected 0 <= start and 1 <= chunks <= latents - start - 1, got start {start}, chunks {chunks} "
+                             f"and {z.shape[2]} latents: choose an earlier or shorter window")
+        if start == 0:
+            return self.decode(z[:, :, :end], latents_per_pass, remat)
+        with torch.no_grad():
+            boundary, state = self.advance(z[:, :, : start + 1], None, latents_per_pass)
+            boundary = boundary[:, :, -1:].clone()
+        x, _ = self.advance(z[:, :, start + 1 : end], state, latents_per_pass, remat)
+        return torch.cat([boundary, x], dim=2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weight files
+
+
+FROM_DIFFUSERS = [  # applied in order, the blocks' own conv1 before the networks' conv_in becomes conv1
+    (r"(blocks\.\d+|resnets\.\d+)\.norm1\.", r"\1.residual.0."), (r"(blocks\.\d+|resnets\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"(blocks\.\d+|resnets\.\d+)\.norm2\.", r"\1.residual.3."), (r"(blocks\.\d+|resnets\.\d+)\.conv2\.", r"\1.residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."), (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"^encoder\.down_blocks\.", "encoder.downsamples."),
+]
+
+
+def official_vae(state):
+    """A VAE state dict of the official or the diffusers layout under the official keys."""
+    if "quant_conv.weight" not in state:
+        return state
+    blocks = sum(re.fullmatch(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key) is not None for key in state)
+    flat = lambda m: f"decoder.upsamples.{int(m[1]) * (blocks + 1) + int(m[2] or blocks)}."  # diffusers nests the levels
+    return rename(state, FROM_DIFFUSERS + [(r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", flat)])
+
+
+def vae_config(state, meta, path):
+    """The architecture of a file: from our header, diffusers' config.json beside it, or the shapes with Wan's normalisation."""
+    if "config" in meta:
+        return VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(meta["config"]).items()})
+    try:
+        dim, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
+        last = max(int(key.split(".")[2]) for key in state if key.startswith("decoder.upsamples."))
+    except (KeyError, ValueError):
+        raise ValueError(f"expected a Wan VAE in {path}, got keys such as {sorted(state)[:3]}") from None
+    beside = path.parent / "config.json"
+    given = json.loads(beside.read_text()) if beside.exists() else {}
+    mean, std = given.get("latents_mean", WAN.latents_mean), given.get("latents_std", WAN.latents_std)
+    if not len(mean) == len(std) == z_dim:
+        raise ValueError(f"{path} has {z_dim} latent channels and says nothing of their mean and std: save it with save_vae")
+    return VAEConfig(dim, z_dim, tuple(mean), tuple(std), res_blocks=(last + 1 - len(WAN.temporal_down)) // 4 - 1)
+
+
+def load_vae(path, dtype=torch.float32):
+    """A frozen WanVAE from a file or folder: official Wan2.1_VAE.pth, one of save_vae's, or diffusers' layout.
+
+    Raises ValueError naming what is missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ["vae.safetensors", "Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"]
+        found = [path / name for name in names if (path / name).exists()]
+        if not found:
+            raise ValueError(f"expected a VAE in {path}: none of {', '.join(names)} is there (README, 'Full size')")
+        path = found[0]
+    state, meta = read_state_dict(path)
+    state = official_vae(state)
+    with torch.device("meta"):
+        vae = WanVAE(vae_config(state, meta, path))
+    return assign(vae, {key: value.to(dtype) for key, value in state.items()}, path).requires_grad_(False).eval()
+
+
+def save_vae(vae, path, **metadata):
+    """Write a WanVAE's weights under the official keys; its config and metadata go into the header."""
+    header = {"config": json.dumps(asdict(vae.cfg)), **{key: str(value) for key, value in metadata.items()}}
+    state = {key: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
+    save_file(state, path, metadata={"format": "pt", **header})
