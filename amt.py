@@ -1,9 +1,10 @@
 """AMT-S (Li et al. 2023), the frame interpolator behind VBench's motion smoothness. Frozen, inference only.
 
-From frames x0, x1 [B, 3, H, W] in [0, 1] it predicts the frame at time t between them. Flows from that frame to both neighbours,
-4 channels (u0, v0, u1, v1) in pixels, are refined from coarse to fine: a decoder doubles the resolution, then a correlation
-lookup at 1/8 corrects flows and features. The last decoder makes three flow pairs, whose warped blends are averaged.
-Written from the network's description; the published code and weights are CC BY-NC 4.0. Attribute names are the checkpoint's.
+From frames x0, x1 [B, 3, H, W] in [0, 1] it predicts the frame at time t between them. Flows from that frame to both
+neighbours, 4 channels (u0, v0, u1, v1) in pixels, are refined from coarse to fine: a decoder doubles the resolution,
+then a correlation lookup at 1/8 corrects flows and features. The last decoder makes three flow pairs, whose warped
+blends are averaged. Written from the network's description; the published code and weights are CC BY-NC 4.0. Attribute
+names are the checkpoint's.
 """
 
 import torch
@@ -29,7 +30,8 @@ def resize_flow(flow, factor):
 
 def pixel_grid(x):
     """Coordinates (x, y) of the pixels of x [B, C, H, W], as [2, H, W]."""
-    rows, cols = torch.meshgrid(*(torch.arange(n, device=x.device, dtype=x.dtype) for n in x.shape[2:]), indexing="ij")
+    axes = (torch.arange(n, device=x.device, dtype=x.dtype) for n in x.shape[2:])
+    rows, cols = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([cols, rows])
 
 
@@ -91,7 +93,7 @@ class Decoder(nn.Module):
 
 
 class Update(nn.Module):
-    """One correction of features and flow from the correlations at 1/8; like RAFT's, but without a recurrent state."""
+    """One correction of features and flow from the correlations at 1/8: RAFT's without the recurrent state."""
 
     def __init__(self, dim, corr_dim=2 * 4 * 49):
         super().__init__()
@@ -111,7 +113,7 @@ class Update(nn.Module):
 
 
 class AMT(nn.Module):
-    """AMT-S: the frame between x0 and x1 [B, 3, H, W] in [0, 1], sides divisible by 16 and at least 128 -> the same shape."""
+    """AMT-S: the frame between x0 and x1 [B, 3, H, W] in [0, 1], sides divisible by 16 and 128 or more; same shape."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +136,7 @@ class AMT(nn.Module):
         return self.blend(x0, x1, mean, resize_flow(flow, 2), out)
 
     def flows(self, x0, x1, t):
-        """Flow [B, 4, H/2, W/2] and features [B, 20, H/2, W/2] of the frame between, and both frames' features at 1/2."""
+        """Flow [B, 4, H/2, W/2] and features [B, 20, H/2, W/2] of the frame between; both frames' features at 1/2."""
         fmap0, fmap1 = self.feat_encoder(torch.cat([x0, x1])).chunk(2)                          # [B, 84, H/8, W/8]
         lookups = Correlation(fmap0, fmap1, 4, 3), Correlation(fmap1, fmap0, 4, 3)
         c0, c1 = self.encoder(x0), self.encoder(x1)
@@ -152,7 +154,7 @@ class AMT(nn.Module):
         """Add one update block's residuals; `factor` is the resolution of flow and feat over 1/8."""
         coarse = resize_flow(flow, 1 / factor)
         grid = pixel_grid(coarse)
-        # A point seen from t moves on by flow1 over t to reach where frame 0's content lies in frame 1, and back likewise.
+        # flow1 leads from t to 1: over t, by uniform motion, it is the way from frame 0 to frame 1; flow0 likewise.
         corr = torch.cat([lookups[0](grid + coarse[:, 2:] / t), lookups[1](grid + coarse[:, :2] / (1 - t))], dim=1)
         feat_delta, flow_delta = update(resize(feat, 1 / factor), coarse, corr)
         return flow + resize_flow(flow_delta, factor), feat + resize(feat_delta, factor)
@@ -170,7 +172,7 @@ class AMT(nn.Module):
 
 
 def load_amt(path):
-    """AMT-S from the published amt-s.pth (or the same keys in a .safetensors), frozen; ValueError if the file does not fit."""
+    """AMT-S from the published amt-s.pth, or its keys in a .safetensors, frozen; ValueError if it does not fit."""
     with torch.device("meta"):
         net = AMT()
     return assign(net, read_state_dict(path)[0], path).eval().requires_grad_(False)

@@ -1,23 +1,28 @@
 """Score folders of video files by the paper's metrics, and make what they find visible.
 
-    python eval.py runs/dmd/samples runs/mogan/samples         tables, paired differences, runs/eval/report.html
-    python eval.py samples --prompts prompts.txt --run runs/wan1.3b      only these prompts; training curves in the report
-    python eval.py --survey runs/mogan/samples runs/dmd/samples          the human study's page: side by side, blind
-    python eval.py --tally answers-*.json                                win / tie / lose of its answers
+    python eval.py runs/dmd/samples runs/mogan/samples           tables, paired differences, runs/eval/report.html
+    python eval.py samples --prompts FILE --run runs/wan1.3b     only these prompts; training curves in the report
+    python eval.py --survey runs/mogan/samples runs/dmd/samples  the human study's page: side by side, blind
+    python eval.py --tally answers-*.json                        win / tie / lose of its answers
 
-Motion smoothness, dynamic degree, aesthetic and imaging quality equal VBench's (Vchitect/VBench 45e14ec) on the same files;
-the motion score is the mean of the first two. Files are named {prompt}-{i}.mp4, as sample.py --out_dir names them.
+Motion smoothness, dynamic degree, aesthetic and imaging quality equal those of VBench (Vchitect/VBench 45e14ec)
+on the same files; the motion score is the mean of the first two. All run in fp32, where VBench on a GPU runs CLIP
+in fp16. Files are named {prompt}-{i}.mp4, as sample.py --out_dir names them.
 
-Weights are looked for in weights/eval, under the names in FILES, and downloaded by name if a network is there. A metric whose
-weights are missing is left out and says so. AMT-S's weights are CC BY-NC 4.0, MUSIQ's port is for non-commercial use.
-Prompts: VBench's are in github.com/Vchitect/VBench, prompts/prompts_per_dimension: subject_consistency.txt (72) for smoothness
-and dynamics, overall_consistency.txt (93) for the two qualities. VideoJAM-Bench's 128 prompts are not public.
+Weights are looked for in weights/eval, under the names in FILES, and downloaded by name if a network is there. A
+metric whose weights are missing is left out and says so. AMT-S's weights are CC BY-NC 4.0; MUSIQ's come from a port
+for non-commercial use.
 
-The same command again continues a killed run: each video's scores are one line of a jsonl file, written when they are known.
+Prompts: VBench's are in github.com/Vchitect/VBench, prompts/prompts_per_dimension: subject_consistency.txt (72) for
+smoothness and dynamics, overall_consistency.txt (93) for the two qualities; score each list by itself with --prompts.
+VideoJAM-Bench's 128 prompts are not public.
+
+The same command again continues a killed run: each video's scores are one line of a jsonl file, written when known.
 """
 
 import argparse
 import collections
+import hashlib
 import itertools
 import json
 import math
@@ -48,12 +53,21 @@ FILES = {  # metric: its files in FOLDER, each with the hub repository or the ad
                   "sa_0_4_vit_l_14_linear.pth": "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main"},
     "imaging": {"musiq_spaq_ckpt-358bb6af.pth": "chaofengc/IQA-PyTorch-Weights"},
 }
-COLUMNS = {"smoothness": "smoothness", "dynamic": "dynamics", "motion": "motion score", "aesthetic": "aesthetic", "imaging": "imaging"}
-PAPER = [  # what the text of arXiv 2511.21592v1 states of its Table 1 (Sec. 6.1); the rest of the table is not in the text
+COLUMNS = {"smoothness": "smoothness", "dynamic": "dynamics", "motion": "motion score", "aesthetic": "aesthetic",
+           "imaging": "imaging"}
+TOY = {  # toy/world.py `score`, and what it leaves to us; exact because the renderer's rules are known
+    "colour": "right colour", "shape": "right shape", "direction": "right direction",
+    "one_blob": "one blob in every frame", "iou": "IoU with the ideal outline",
+    "net_speed": "net speed, px/frame", "path_speed": "path speed, px/frame", "jitter": "jitter, px/frame²",
+    "dynamic": "net speed over 1, no adverb", "still": "net speed under .25, no adverb",
+    "position_error": "off uniform motion, px", "slowly_error": "speed of 'slowly', relative error",
+    "quickly_error": "speed of 'quickly', relative error",
+}
+PAPER = [  # what the text (Sec. 6.1) of arXiv 2511.21592v1 states of Table 1; the rest stands in the table alone
     ("VBench", "Wan2.1-T2V-1.3B, 50 steps", {"dynamic": .83}),
     ("VBench", "DMD, 3 steps", {"smoothness": .988, "dynamic": .73, "motion": .859}),
     ("VBench", "MoGAN, 3 steps", {"smoothness": .986, "dynamic": .96, "motion": .973}),
-    ("VideoJAM-Bench", "DMD, 3 steps", {"dynamic": .81, "motion": .830}),  # printed so; it would take a smoothness of .850
+    ("VideoJAM-Bench", "DMD, 3 steps (sic)", {"dynamic": .81, "motion": .830}),  # it would take a smoothness of .850
     ("VideoJAM-Bench", "MoGAN, 3 steps", {"dynamic": .98, "motion": .983}),
 ]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -61,26 +75,28 @@ BATCH_PIXELS = 16 * 480 * 832   # frames of one batch of the two per-frame metri
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Metrics. Each reads an iterable of frames, uint8 [3, H, W], once and holds a few of them: memory does not grow with length.
+# Metrics. Each reads an iterable of frames, uint8 [3, H, W], once and holds a few: memory does not grow with length.
 
 
 def check_volume(H, W, volumes, device):
-    """Raise ValueError if frames are too small for a 4-level correlation pyramid at 1/8, or its volumes too large for memory."""
+    """Raise ValueError if a 4-level correlation pyramid at 1/8 is too small to look up, or too large for memory."""
     if min(H, W) < 128:
-        raise ValueError(f"{W}x{H} frames: 128 px a side are needed, below that the coarsest correlation level is one cell")
+        raise ValueError(f"{W}x{H} frames: 128 px a side are needed, or the coarsest correlation level is one cell")
     need = volumes * (H * W / 64) ** 2 * 4 * (1 + 1 / 4 + 1 / 16 + 1 / 64)
-    on_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
     if need > 0.6 * total:
-        raise ValueError(f"{W}x{H} frames: the correlation volume takes {need / 2**30:.0f} GiB of the {total / 2**30:.0f} GiB "
-                         "there are, and VBench does not resize either: score smaller videos")
+        raise ValueError(f"{W}x{H} frames: the correlations take {need / 2**30:.0f} GiB, the machine has "
+                         f"{total / 2**30:.0f} GiB: score smaller videos (VBench does not resize them either)")
 
 
 @torch.inference_mode()
 def interpolate(amt, before, after):
-    """AMT-S's frame between two frames, uint8 [3, H, W]; padded to sides of 16 and cut to whole levels, as VBench does."""
+    """AMT-S's frame between two frames, uint8 [3, H, W]: padded to sides of 16, cut to whole levels, as in VBench."""
     H, W = before.shape[1:]
-    pair, (left, _, top, _) = pad_to_cells(torch.stack([before, after]).to(next(amt.parameters()).device).float() / 255, 16)
+    pair = torch.stack([before, after]).to(next(amt.parameters()).device).float() / 255
+    pair, (left, _, top, _) = pad_to_cells(pair, 16)
     check_volume(*pair.shape[2:], 2, pair.device)
     x = amt(pair[:1], pair[1:])[0, :, top : top + H, left : left + W]
     return (x * 255).byte().cpu()
@@ -116,14 +132,14 @@ def fast_pixels(flow):
 
 
 def is_dynamic(magnitudes, sampled, H, W):
-    """VBench's decision from `fast_pixels` of each pair of `sampled` frames: enough pairs above a threshold of the size."""
+    """VBench's decision from `fast_pixels` of each pair of `sampled` frames: enough pairs above a threshold."""
     moving = sum(m > 6.0 * min(H, W) / 256 for m in magnitudes)
     return len(magnitudes) > 0 and moving >= round(4 * sampled / 16)
 
 
 @torch.inference_mode()
-def dynamic_degree(raft, frames, fps):
-    """VBench's dynamic degree of one video, a bool, and the magnitudes it rests on (RAFT large, 20 iterations).
+def dynamic_degree(raft, frames, fps, iters=20):
+    """VBench's dynamic degree of one video, a bool, and the magnitudes it rests on (RAFT large, raft-things).
 
     Flow is taken and measured on the frames padded to sides of 8; magnitudes are in pixels per sampled pair.
     """
@@ -133,7 +149,7 @@ def dynamic_degree(raft, frames, fps):
         x = pad_to_cells(frame[None].to(device).float() / 127.5 - 1, 8)[0]                            # [1, 3, H', W']
         check_volume(*x.shape[2:], 1, device)
         if before is not None:
-            magnitudes.append(fast_pixels(raft(before, x, 20)[0]))
+            magnitudes.append(fast_pixels(raft(before, x, iters)[0]))
         before, sampled = x, sampled + 1
     return is_dynamic(magnitudes, sampled, H, W), magnitudes
 
@@ -147,7 +163,7 @@ def batches(frames, device):
 
 
 def clip_input(x):
-    """VBench's CLIP preprocessing of x [N, 3, H, W] in 0..255: bicubic to a shorter side of 224 without antialias, centre crop."""
+    """VBench's CLIP input from x [N, 3, H, W] in 0..255: shorter side 224, bicubic, no antialias; centre crop."""
     short = min(x.shape[2:])
     x = F.interpolate(x, [int(224 * n / short) for n in x.shape[2:]], mode="bicubic", align_corners=False)
     top, left = (round((n - 224) / 2) for n in x.shape[2:])
@@ -157,7 +173,7 @@ def clip_input(x):
 
 @torch.inference_mode()
 def aesthetic_quality(clip, head, frames):
-    """LAION's aesthetic score over 10, mean over all frames: a linear head on CLIP ViT-L/14's normalised image embedding."""
+    """LAION's aesthetic score over 10, mean over frames: a linear head on CLIP ViT-L/14's normalised embedding."""
     scores = []
     for x in batches(frames, head.weight.device):
         embedding = clip(pixel_values=clip_input(x)).image_embeds
@@ -166,7 +182,7 @@ def aesthetic_quality(clip, head, frames):
 
 
 def longer_512(x):
-    """VBench's preprocessing for imaging quality, x [N, 3, H, W] in 0..255 -> [0, 1]: longer side at most 512, bilinear."""
+    """VBench's preprocessing for MUSIQ, x [N, 3, H, W] in 0..255 -> [0, 1]: longer side at most 512, bilinear."""
     longer = max(x.shape[2:])
     if longer > 512:
         x = F.interpolate(x, [int(512 / longer * n) for n in x.shape[2:]], mode="bilinear", align_corners=False)
@@ -182,7 +198,7 @@ def imaging_quality(musiq, frames):
 
 
 def toy_truth(frames, prompt):
-    """The toy world's own figures of one clip, by tracking (toy/world.py `score`), and how far it strays from uniform motion."""
+    """The toy world's own figures of one clip (toy/world.py `score`), and how far it strays from uniform motion."""
     from toy import world
     x = torch.stack(list(frames), dim=1)[None].float() / 127.5 - 1                              # [1, 3, T, H, W]
     out = world.score(x, [prompt])
@@ -191,7 +207,7 @@ def toy_truth(frames, prompt):
     design = torch.stack([torch.ones_like(time), time], dim=1)
     stray = position - design @ torch.linalg.lstsq(design, position).solution
     out["position_error"] = stray.norm(dim=1).mean().item()
-    return {f"toy_{name}": value for name, value in out.items() if not math.isnan(value)}
+    return {f"toy_{name}": out[name] for name in TOY if not math.isnan(out[name])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,25 +220,34 @@ def address(file, source):
     return f"{source if source.startswith('https://') else f'{hub}/{source}/resolve/main'}/{Path(file).name}"
 
 
+def places(file, folder):
+    """Where a weights file may lie: in the folder or above it, as train.py's RAFT does; RAFT also as princeton's."""
+    names = [file, "raft-things.pth"] if file in FILES["dynamic"] else [file]
+    return [base / name for base in (folder, folder.parent) for name in names]
+
+
 def fetch(file, source, folder, download):
-    """The path of a weights file in the folder, downloaded if it is not there; ValueError that names file and source if it cannot be."""
-    path = folder / file
-    if not path.exists() and download:
+    """The path of a weights file, downloaded into the folder if it is nowhere; else ValueError naming its source."""
+    found = [path for path in places(file, folder) if path.exists()]
+    if found:
+        return found[0]
+    path, digest = folder / file, re.search(r"-([0-9a-f]{8})\.", file)
+    if download:
         path.parent.mkdir(parents=True, exist_ok=True)
-        digest = re.search(r"-([0-9a-f]{8})\.", path.name)
         socket.setdefaulttimeout(15)  # a cluster's nodes may drop packets instead of refusing them
         try:
             torch.hub.download_url_to_file(address(file, source), path, digest and digest[1])  # aside, then renamed
+            return path
         except Exception as error:  # offline, blocked, moved: for the caller all of them are a missing file
             print(f"{file}: no download ({error})")
-    if not path.exists():
-        raise ValueError(f"no weights: {file}, get it from {address(file, source)} and put it into {folder}")
-    return path
+    raise ValueError(f"no weights: {file}, get it from {address(file, source)} and put it into {folder}")
 
 
 def load_aesthetic(config, weights, head):
     """CLIP's image tower and LAION's linear head, frozen."""
     from transformers import CLIPVisionModelWithProjection
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     clip = CLIPVisionModelWithProjection.from_pretrained(config.parent).eval().requires_grad_(False)
     linear = assign(torch.nn.Linear(clip.config.projection_dim, 1, device="meta"), read_state_dict(head)[0], head)
     return clip, linear.requires_grad_(False)
@@ -274,19 +299,21 @@ def find_videos(folder, prompts):
     if not folder.is_dir():
         raise ValueError(f"expected a folder of videos, got {folder}: no such folder")
     videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    videos = [p for p in videos if not p.name.endswith(".flow.mp4")]  # sample.py's pictures
     kept = [p for p in videos if not prompts or prompt_of(p)[0] in prompts]
     if not kept:
-        what = f"{len(videos)} videos, none of the prompts in --prompts" if videos else f"no file that ends in {', '.join(SUFFIXES)}"
+        other = f"{len(videos)} videos, none of the prompts in --prompts"
+        what = other if videos else f"no file that ends in {', '.join(SUFFIXES)}"
         raise ValueError(f"expected videos named {{prompt}}-{{i}}.mp4 in {folder}, found {what}")
     return kept
 
 
 def probe(path):
-    """fps, frames, height, width of a video, decoded to its end; ValueError if it is damaged or does not state its frame rate."""
+    """fps, frames, height, width of a video, decoded to its end; ValueError if damaged or without a frame rate."""
     with open_video(path) as (container, stream):
-        first = next(container.demux(stream))  # a bare H.264 stream has no time stamps, and ffmpeg reports an invented rate
+        first = next(container.demux(stream))  # of a bare H.264 stream, without time stamps, ffmpeg invents a rate
         if not stream.average_rate or first.pts is None:
-            raise ValueError(f"{path}: states no frame rate, which the dynamic degree depends on: remux it with the right one")
+            raise ValueError(f"{path}: states no frame rate, and the dynamic degree depends on it: remux it with one")
         fps = float(stream.average_rate)
     count, shape = 0, None
     for frame in read_frames(path):
@@ -324,7 +351,7 @@ def write_line(path, row):
 
 
 def score_video(path, row, metrics):
-    """Add to a video's row what is missing of the metrics; a metric that cannot be taken of it is skipped with its reason."""
+    """Add to a video's row what is missing of the metrics; one that cannot be taken is skipped with its reason."""
     from toy import world
     for name, (score, weights) in metrics.items():
         if row["weights"].get(name) == weights:
@@ -335,13 +362,14 @@ def score_video(path, row, metrics):
         except ValueError as error:
             row["skipped"][name] = str(error)
         row["weights"][name] = weights
-    prompt = prompt_of(path)[0]
-    if (row["height"], row["width"]) == (world.SIZE, world.SIZE) and prompt in world.PROMPTS and row["frames"] > 2:
+    prompt, shape = prompt_of(path)[0], (row["height"], row["width"], row["frames"])
+    if "toy" not in row["weights"] and prompt in world.PROMPTS and shape == (world.SIZE, world.SIZE, world.FRAMES):
         row["scores"].update(toy_truth(read_frames(path), prompt))
+        row["weights"]["toy"] = ""
 
 
 def score_folder(videos, metrics, log):
-    """Rows of the videos, in order: what `log` already has is taken from there, the rest is computed and appended to it."""
+    """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
     known, rows = read_log(log), []
     for path in tqdm(videos, desc=f"{videos[0].parent.name}", disable=None):
         stamp = {"bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
@@ -398,8 +426,11 @@ def score_table(labels, folders, columns):
 
 
 def paper_table():
-    cells = [[f"{suite}: {model}", *(f"{known[m]:.3f}" if m in known else "-" for m in COLUMNS)] for suite, model, known in PAPER]
-    return [["reported in the paper", *COLUMNS.values()], *cells]
+    """PAPER as a table, with a dash for what the text does not state."""
+    def cells(known):
+        return [f"{known[metric]:.3f}" if metric in known else "-" for metric in COLUMNS]
+    rows = [[f"{suite}: {model}", *cells(known)] for suite, model, known in PAPER]
+    return [["reported in the paper", *COLUMNS.values()], *rows]
 
 
 def paired(rows_a, rows_b, metric):
@@ -413,45 +444,57 @@ def paired(rows_a, rows_b, metric):
 
 
 def bootstrap(groups, draws=10_000):
-    """Mean of all values in lists, and its 95 % interval under resampling of whole lists (values of one list go together)."""
+    """Mean of all values in lists, and its 95 % interval under resampling of the lists (one list goes together)."""
     sums, counts = np.array([sum(g) for g in groups]), np.array([len(g) for g in groups])
     picks = np.random.default_rng(0).integers(len(groups), size=(draws, len(groups)))
     low, high = np.quantile(sums[picks].sum(1) / counts[picks].sum(1), [0.025, 0.975])
     return sums.sum() / counts.sum(), low, high
 
 
+def difference_cell(rows_a, rows_b, metric):
+    groups = list(paired(rows_a, rows_b, metric).values())
+    return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(groups)) if groups else "-"
+
+
 def difference_table(labels, folders, columns):
-    """Every folder minus the first on the same prompts and seeds, with 95 % intervals; prompts are resampled, not videos."""
+    """Every folder minus the first on the same samples, with 95 % intervals; prompts are resampled, not videos."""
     table = [["minus " + labels[0], *columns.values(), "pairs", "prompts"]]
     for label, rows in zip(labels[1:], folders[1:]):
-        cells, most = [], {}
-        for metric in columns:
-            groups = paired(folders[0], rows, metric)
-            most = max(most, groups, key=lambda g: sum(map(len, g.values())))
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(list(groups.values()))) if groups else "-")
-        table.append([label, *cells, str(sum(map(len, most.values()))), str(len(most))])
+        counts = [paired(folders[0], rows, metric) for metric in columns]
+        pairs, prompts = max((sum(map(len, groups.values())), len(groups)) for groups in counts)
+        cells = [difference_cell(folders[0], rows, metric) for metric in columns]
+        table.append([label, *cells, str(pairs), str(prompts)])
+    return table
+
+
+def toy_table(labels, folders, columns):
+    """One row a figure: each folder's mean, then each folder minus the first."""
+    table = [["figure", *labels, *(f"{label} minus {labels[0]}" for label in labels[1:])]]
+    for metric, name in columns.items():
+        means = [mean_cell([row for row in rows if "error" not in row], metric) for rows in folders]
+        table.append([name, *means, *(difference_cell(folders[0], rows, metric) for rows in folders[1:])])
     return table
 
 
 def show(title, table):
     """Print a table (rows of strings, the first the header), columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*table)]
+    first, *widths = [max(map(len, column)) for column in zip(*table)]
     print(f"\n{title}")
-    for cells in table:
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths))))
+    for name, *cells in table:
+        print("  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths))]))
 
 
 def tables(labels, folders):
-    """[(title, table)] of everything there is to say about the folders, and the columns {metric: name} that they have."""
+    """[(title, table)] of all there is to say about the folders, and the columns {metric: name} that they have."""
     found = {metric for rows in folders for row in rows for metric in row["scores"]}
     shown = {metric: name for metric, name in COLUMNS.items() if metric in found}
-    toy = {metric: metric.removeprefix("toy_") for metric in sorted(found) if metric.startswith("toy_")}
+    toy = {f"toy_{name}": text for name, text in TOY.items() if f"toy_{name}" in found}
     out = [("Measured here, mean over videos", score_table(labels, folders, shown))]
+    if len(folders) > 1 and shown:
+        title = "Difference, same prompts and seeds, with 95 % bootstrap intervals"
+        out.append((title, difference_table(labels, folders, shown)))
     if toy:
-        out.append(("Toy world, exact: tracked in the pixels (px, frames)", score_table(labels, folders, toy)))
-    for columns in (shown, toy) if len(folders) > 1 else ():
-        if columns:
-            out.append(("Difference, same prompts and seeds, with 95 % bootstrap intervals", difference_table(labels, folders, columns)))
+        out.append(("Toy world, exact; differences on the same prompts and seeds", toy_table(labels, folders, toy)))
     flow = {"flow": "flow px"} if "flow" in found else {}
     return out + [("NOT measured here: figures stated in the paper's text", paper_table())], {**shown, **flow, **toy}
 
@@ -461,7 +504,8 @@ def skipped_lines(labels, folders):
     lines = []
     for label, rows in zip(labels, folders):
         lines += [f"left out of {label}: {row['error']}" for row in rows if "error" in row]
-        lines += [f"{COLUMNS[metric]} of {label}/{row['video']}: {reason}" for row in rows for metric, reason in row["skipped"].items()]
+        lines += [f"{COLUMNS[metric]} of {label}/{row['video']}: {reason}"
+                  for row in rows for metric, reason in row["skipped"].items()]
     return lines
 
 
@@ -474,7 +518,8 @@ def pair_up(videos_a, videos_b):
     a, b = ({prompt_of(path): path for path in videos} for videos in (videos_a, videos_b))
     pairs = [(*key, a[key], b[key]) for key in sorted(a.keys() & b.keys())]
     if not pairs:
-        raise ValueError(f"expected the same {{prompt}}-{{i}} names in both folders, got {videos_a[0].name} and {videos_b[0].name}, ...")
+        first = f"{videos_a[0].name} and {videos_b[0].name}"
+        raise ValueError(f"expected the same {{prompt}}-{{i}} names in both folders, got {first}, ...")
     return pairs
 
 
@@ -486,12 +531,14 @@ def read_answers(paths):
             file = json.loads(path.read_text())
             answers = [answer[name] for answer in file["answers"] for name in QUESTIONS]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"expected answers downloaded from a survey page, got {path} ({type(error).__name__})") from None
-        if not set(answers) <= {"a", "b", "tie"}:
-            raise ValueError(f"{path}: expected answers a, b or tie, got {sorted(set(answers) - {'a', 'b', 'tie'})[0]!r}")
+            reason = type(error).__name__
+            raise ValueError(f"expected answers downloaded from a survey page, got {path} ({reason})") from None
+        wrong = set(answers) - {"a", "b", "tie"}
+        if wrong:
+            raise ValueError(f"{path}: expected answers a, b or tie, got {min(wrong, key=str)!r}")
         for other, known in zip(paths, files):
             if known["survey"] != file["survey"]:
-                raise ValueError(f"{path} and {other} come from different surveys ({file['survey']}, {known['survey']}): tally them apart")
+                raise ValueError(f"{path} and {other} come from different surveys: tally them apart")
             if known["annotator"] == file["annotator"]:
                 raise ValueError(f"{path} and {other} are of one person: give the later file only")
         files.append(file)
@@ -499,7 +546,7 @@ def read_answers(paths):
 
 
 def tally(files):
-    """{question: {win, tie, lose: (share, low, high)}} for A of A against B; pairs are resampled, their answers stay together."""
+    """{question: {win, tie, lose: (share, low, high)}} of A against B; pairs are resampled with their answers."""
     out = {}
     for name in QUESTIONS:
         groups = collections.defaultdict(list)
@@ -519,10 +566,12 @@ def print_tally(paths):
     pairs = {(answer["prompt"], answer["index"]) for file in files for answer in file["answers"]}
     table = [["question", "win", "tie", "lose"]]
     for name, shares in tally(files).items():
-        table.append([name, *("{:.1%} [{:.1%}, {:.1%}]".format(*shares[outcome]) for outcome in ("win", "tie", "lose"))])
+        table.append([name, *("{:.1%} [{:.1%}, {:.1%}]".format(*share) for share in shares.values())])
     a, b = files[0]["folders"]
-    show(f"{a} against {b}: {len(files)} people, {len(pairs)} pairs, {answers} judged pairs; 95 % bootstrap intervals over pairs", table)
-    stated = [["question", "win", "lose"], ["motion, MoGAN against Wan2.1 (50 steps)", "52 %", "38 %"], ["motion, MoGAN against DMD (3 steps)", "56 %", "29 %"]]
+    counts = f"{len(files)} people, {len(pairs)} pairs, {answers} judgements"
+    show(f"{a} against {b}: {counts}; 95 % bootstrap intervals over pairs", table)
+    stated = [["question", "win", "lose"], ["motion, MoGAN against Wan2.1 (50 steps)", "52 %", "38 %"],
+              ["motion, MoGAN against DMD (3 steps)", "56 %", "29 %"]]
     show("NOT measured here: stated in the paper's abstract", stated)
 
 
@@ -542,19 +591,19 @@ def read_prompts(path):
 
 
 def load_rafts(given, weights, device):
-    """RAFTs for the flow pictures, in the order to try: the given one, else the dynamic degree's and the toy world's, if there."""
-    files = [given] if given else [weights / file for file in FILES["dynamic"]] + [WEIGHTS["toy"] / "raft.safetensors"]
+    """RAFTs for the flow pictures, in the order to try: the given one, else the dynamic degree's and the toy's."""
+    large = [path for file in FILES["dynamic"] for path in places(file, weights) if path.exists()]
+    toy = [path for path in [WEIGHTS["toy"] / "raft.safetensors"] if path.exists()]
     rafts = []
-    for file in files:
-        if given or file.exists():
-            rafts.append(load_raft(file).to(device))
-            rafts[-1].source = str(file.resolve())  # part of a picture's name: other weights, another picture
+    for path in [given] if given else large[:1] + toy:
+        rafts.append(load_raft(path).to(device))
+        rafts[-1].source = str(path.resolve())  # part of a picture's name: other weights, another picture
     return rafts
 
 
 def log_of(out, folder):
     """The jsonl of a folder's scores. Not in the folder itself: VBench takes its first entry for a video."""
-    return out / (re.sub(r"[^A-Za-z0-9]+", "_", str(folder.resolve())).strip("_")[-100:] + ".jsonl")
+    return out / f"{folder.resolve().name}-{hashlib.md5(str(folder.resolve()).encode()).hexdigest()[:8]}.jsonl"
 
 
 def evaluate(args):
@@ -573,28 +622,30 @@ def evaluate(args):
         notes += [f"{folder}: no video of {len(missing)} prompts, such as {missing[0]!r}"] if missing else []
     print("\n" + "\n".join(notes) if notes else "")
     names = "motion_smoothness dynamic_degree aesthetic_quality imaging_quality"
-    print("The official VBench on the same files, in an environment of its own (--mode vbench_standard for VBench's own prompts):")
+    print("The official VBench on the same files (for VBench's own prompts, --mode vbench_standard):")
     print(f'    vbench evaluate --videos_path "{folders[0]}" --mode custom_input --dimension "{names}"')
     rafts = load_rafts(args.raft, args.weights, device)
-    print(f"report: {write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, args.run, args.embed_mb)}")
+    path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, args.run, args.embed_mb)
+    print(f"report: {path}")
     return rows
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     add = parser.add_argument
-    add("folders", nargs="*", type=Path, help="folders of {prompt}-{i}.mp4; the first is what the others are compared with")
-    add("--prompts", help="score only the prompts in this file, one a line (VBench scores motion and quality on two lists)")
+    add("folders", nargs="*", type=Path, help="folders of {prompt}-{i}.mp4; the others are compared with the first")
+    add("--prompts", help="score only the prompts in this file, one a line")
     add("--metrics", nargs="+", choices=list(FILES), default=list(FILES), help="default all")
     add("--weights", type=Path, default=FOLDER, help="folder of the metrics' weights, default %(default)s")
     add("--no_download", action="store_true", help="leave out a metric rather than download its weights")
     add("--out", type=Path, default=Path("runs/eval"), help="where scores and the report go, default %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--run", nargs="*", type=Path, default=[], help="run folders or jsonl files whose training curves the report shows")
-    add("--raft", type=Path, help="RAFT weights of the report's flow pictures; default those of the dynamic degree, or the toy's")
+    add("--run", nargs="*", type=Path, default=[], help="run folders or jsonl files, for training curves")
+    add("--raft", type=Path, help="RAFT of the flow pictures; default the dynamic degree's, or the toy world's")
     add("--flow_rows", type=int, default=50, help="rows of the report, largest differences first, that show the flow")
     add("--embed_mb", type=float, default=64, help="videos embedded in a page, in MB; the rest is linked")
-    add("--survey", nargs=2, type=Path, metavar=("DIR_A", "DIR_B"), help="write the human study's page for two folders")
+    add("--survey", nargs=2, type=Path, metavar=("DIR_A", "DIR_B"), help="write the human study's page")
     add("--tally", nargs="+", type=Path, metavar="FILE", help="count the answers of the study")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.folders, args.survey, args.tally))) != 1:
@@ -610,7 +661,8 @@ def main(argv=None):
         elif args.survey:
             prompts = read_prompts(args.prompts) if args.prompts else set()
             pairs = pair_up(*(find_videos(folder, prompts) for folder in args.survey))
-            print(f"survey of {len(pairs)} pairs: {write_survey(args.out, args.survey, pairs, args.embed_mb)}")
+            path = write_survey(args.out, labels_of(args.survey), pairs, args.embed_mb)
+            print(f"survey of {len(pairs)} pairs: {path}")
         else:
             evaluate(args)
     except ValueError as error:

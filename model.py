@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -314,7 +315,7 @@ def find_weights(path, what="weights"):
 def read_state_dict(path, entry=None):
     """Tensors and string metadata of one .safetensors, a sharded index.json, or a .pt/.pth (tensors only, memory-mapped).
 
-    entry: which dict of a training checkpoint; default the EMA generator, then the generator (CausVid, Self-Forcing).
+    entry: which dict of a training checkpoint to prefer to the EMA generator and the generator (CausVid, Self-Forcing).
     Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
     """
     path = find_weights(path)
@@ -327,13 +328,14 @@ def read_state_dict(path, entry=None):
             with safe_open(path, "pt") as file:
                 state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         else:
-            state, meta = torch.load(path, map_location="cpu", weights_only=True, mmap=True), {}
+            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 (RAFT's) are plain streams
+            state, meta = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), {}
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"expected a weights file, got {path}, which cannot be read ({type(error).__name__}): "
                          "fetch it again, it may be cut short") from None
-    for name in [entry] if entry else ["generator_ema", "generator", "model", "state_dict"]:
+    for name in entry, "generator_ema", "generator", "model", "state_dict":
         if isinstance(state.get(name), dict):
             state = state[name]
             break
@@ -385,21 +387,21 @@ def official_dit(state):
 
 def dit_config(state, meta, source):
     """The architecture a file describes: from our header, else from its shapes with Wan's head size of 128."""
-    if "config" in meta:
-        config = json.loads(meta["config"])
-        return DiTConfig(**{**config, "patch": tuple(config["patch"])})
     try:
+        if "config" in meta:
+            config = json.loads(meta["config"])
+            return DiTConfig(**{**config, "patch": tuple(config["patch"])})
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
         layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         return DiTConfig(dim, dim // 128, len(state["blocks.0.ffn.0.weight"]), layers, in_dim, patch=tuple(patch),
                          freq_dim=state["time_embedding.0.weight"].shape[1], text_dim=state["text_embedding.0.weight"].shape[1])
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"expected a Wan DiT in {source}, got keys such as {sorted(state)[:3]}") from None
 
 
-def load_dit(path, config=None, dtype=torch.float32):
+def load_dit(path, config=None, dtype=torch.float32, entry=None):
     """A WanDiT from a file, folder or hub name in the official, diffusers (also sharded), CausVid / Self-Forcing or rCM layout."""
-    state, meta = read_state_dict(find_weights(path, "a Wan DiT"))
+    state, meta = read_state_dict(find_weights(path, "a Wan DiT"), entry)
     state = official_dit(state)
     config = config or dit_config(state, meta, path)
     with torch.device("meta"):
@@ -444,12 +446,12 @@ def pad_context(rows, text_len):
 class TextEncoder:
     """list[str] -> context [B, text_len, text_dim] fp32, zero-padded: UMT5 on the unpadded tokens of each prompt."""
 
-    def __init__(self, model, tokenize, text_len, name):
+    def __init__(self, model, tokenize, text_len):
         # transformers 5.0 to 5.2 left the encoder's embedding at zero for these files: prompts would be silently ignored.
         embedding = model.encoder.embed_tokens.weight
         if embedding.data_ptr() != model.shared.weight.data_ptr() or not embedding.any():
             raise ValueError("the UMT5 embedding is not tied to its table or is zero: upgrade transformers")
-        self.model, self.tokenize, self.text_len, self.name = model.eval().requires_grad_(False), tokenize, text_len, name
+        self.model, self.tokenize, self.text_len = model.eval().requires_grad_(False), tokenize, text_len
 
     @torch.no_grad()
     def rows(self, prompt):
@@ -495,7 +497,7 @@ def load_text_encoder(path, device="cpu"):
         state = {key: value.to(torch.bfloat16) for key, value in state.items()}
     assign(model, state, path)
     model.encoder.embed_tokens = model.shared
-    return TextEncoder(model.to(device), tokenize, text_len, name=f"{path.resolve()}")
+    return TextEncoder(model.to(device), tokenize, text_len)
 
 
 def encode_prompts(prompts, path, cache, device="cpu"):

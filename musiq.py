@@ -1,8 +1,8 @@
 """MUSIQ (Ke et al. 2021), the image-quality transformer behind VBench's imaging quality. Frozen, inference only.
 
-A picture is cut into 32 x 32 patches at three scales (longer side 224, longer side 384, as it is); a small convolutional
-stem turns each patch into a token, a hashed 10 x 10 position table and a scale embedding say where it was, and a plain
-transformer reads one number off its class token. VBench uses the weights trained on SPAQ: a score of 0 to 100.
+A picture is cut into 32 x 32 patches at three scales (longer side 224, longer side 384, as it is); a small
+convolutional stem turns each patch into a token, a hashed 10 x 10 position table and a scale embedding say where it
+was, and a plain transformer reads one number off its class token. VBench uses the weights trained on SPAQ: 0 to 100.
 Attribute names are those of the published checkpoint (chaofengc/IQA-PyTorch), so that loading is strict.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from model import assign, read_state_dict
 
-PATCH, SIDES, GRID = 32, (224, 384), 10     # px of a patch, longer sides of the two small scales, side of the position table
+PATCH, SIDES, GRID = 32, (224, 384), 10     # patch px, longer sides of the small scales, position table
 DIM, HEADS, MLP, LAYERS = 384, 6, 1152, 14
 
 
@@ -113,8 +113,8 @@ class Encoder(nn.Module):
 class MUSIQ(nn.Module):
     """Image quality of x [B, 3, H, W] in [0, 1] -> [B]; about 0 to 100 with the SPAQ weights.
 
-    The reference pads the two small scales with masked tokens to 49 and 144. Masked keys get no attention and only the class
-    token is read, so they are not made here: one batch holds pictures of one size.
+    The reference pads the two small scales with masked tokens to 49 and 144. Masked keys get no attention and only the
+    class token is read, so they are not made here: one batch holds pictures of one size.
     """
 
     def __init__(self):
@@ -137,7 +137,7 @@ class MUSIQ(nn.Module):
 
 
 def load_musiq(path):
-    """MUSIQ from the published .pth (or the same keys in a .safetensors), frozen; ValueError if the file does not fit."""
+    """MUSIQ from the published .pth or the same keys in a .safetensors, frozen; ValueError if it does not fit."""
     state, _ = read_state_dict(path)
     with torch.device("meta"):
         net = MUSIQ()

@@ -316,7 +316,12 @@ def pad_to_cells(frames, stride):
 
 
 def in_groups(function, group, *tensors):
-    """function(*tensors) in slices of `group` along dim 0; each recomputes its activations in backward."""
+    """function(*tensors) in slices of `group` along dim 0, each recomputing its activations in backward.
+
+    A single slice keeps them: nothing would be saved by computing them twice.
+    """
+    if len(tensors[0]) <= group:
+        return function(*tensors)
     slices = zip(*(t.split(group) for t in tensors))
     return torch.cat([checkpoint(function, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
 
@@ -325,7 +330,7 @@ def video_flow(raft, x, iters=12, group=GROUP):
     """Flow [B, 2, T-1, H, W] in px/frame between consecutive frames of x [B, 3, T, H, W], pixels in [-1, 1].
 
     Equals RAFT pair by pair, but each frame's features are computed once, and backward holds the activations of
-    `group` pairs only. Raises ValueError for fewer than two frames and for sides under raft.cfg.min_size.
+    `group` frames or pairs at a time. Raises ValueError for fewer than two frames or sides under raft.cfg.min_size.
     """
     B, _, T, H, W = x.shape
     if T < 2:

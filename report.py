@@ -1,7 +1,7 @@
-"""The two pages that eval.py writes: report.html, what was measured beside the clips and their flow, and survey.html, the human study.
+"""The two pages that eval.py writes: report.html, figures beside clips and their flow; survey.html, the human study.
 
-Both are single files that open from disk. Videos are embedded up to a budget and linked beyond it; either way the browser
-decodes only those in sight. The pages' markup, style and script are in report_template.html and survey_template.html.
+Both are single files that open from disk. Videos are embedded up to a budget and linked beyond it; either way the
+browser decodes only those in sight. Markup, style and script are in report_template.html and survey_template.html.
 """
 
 import base64
@@ -72,31 +72,35 @@ def preview_size(H, W):
 
 @torch.no_grad()
 def clip_and_flow(raft, row):
-    """A video's frames [3, T, h, w] at picture size, and their flow [2, T-1, h, w] in pixels of the video per frame."""
+    """A video's frames [3, T, h, w] at picture size, their flow [2, T-1, h, w] in pixels of the video per frame."""
     size = preview_size(row["height"], row["width"])
-    x = torch.stack(list(itertools.islice(read_frames(row["path"], size=size), PICTURE_FRAMES)), dim=1).float() / 127.5 - 1
+    frames = itertools.islice(read_frames(row["path"], size=size), PICTURE_FRAMES)
+    x = torch.stack(list(frames), dim=1).float() / 127.5 - 1
     device = next(raft.parameters()).device
     flow = video_flow(raft, x[None].to(device), PICTURE_ITERS)[0].cpu()
     return x, flow * row["height"] / size[0]
 
 
 def common_scale(flows):
-    """px/frame of full colour for several flows: the largest 99th percentile, so that one colour means one speed in all of them."""
+    """px/frame of full colour for several flows, the largest 99th percentile: one colour means one speed in all."""
     top = [flow.norm(dim=0).flatten() for flow in flows]
     return max(0.5, *(float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}") for speed in top))
 
 
 def draw_row(rafts, cells, folder):
-    """Write each cell's clip beside its flow, on one scale, under names that change with any of the videos; the paths, in order.
+    """Write each cell's clip beside its flow, all on one scale; the paths, in order.
 
-    rafts: tried in order; the first whose smallest size fits every clip of the row draws it. None of them: the videos as they are.
+    rafts: the first whose smallest size fits every clip draws them; if none does, the paths are the videos' own. A
+    picture's name is made of all that it depends on, so that a second report finds it.
     """
     small = min(min(preview_size(cell["height"], cell["width"])) for cell in cells)
-    raft = next((net for net in rafts if net.cfg.min_size <= small and all(cell["frames"] > 1 for cell in cells)), None)
+    moving = all(cell["frames"] > 1 for cell in cells)
+    raft = next((net for net in rafts if moving and net.cfg.min_size <= small), None)
     if raft is None:
         return [cell["path"] for cell in cells]
     stamps = [f"{cell['path']} {cell['bytes']} {cell['mtime']}" for cell in cells]
-    names = [hashlib.md5("\n".join([stamp, raft.source, *stamps]).encode()).hexdigest()[:16] + ".mp4" for stamp in stamps]
+    keys = ["\n".join([stamp, raft.source, *stamps]) for stamp in stamps]
+    names = [hashlib.md5(key.encode()).hexdigest()[:16] + ".mp4" for key in keys]
     if not all((folder / name).exists() for name in names):
         pictures = [clip_and_flow(raft, cell) for cell in cells]
         scale = common_scale([flow for _, flow in pictures])
@@ -110,7 +114,7 @@ def draw_row(rafts, cells, folder):
 
 
 def read_run(path):
-    """{name: [(step, value)]} of the finite numbers in a run's jsonl; `path` is the file or the folder that holds log.jsonl."""
+    """{name: [(step, value)]} of the finite numbers in a run's jsonl; `path`: the file, or the folder of log.jsonl."""
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"expected a run's jsonl, got {path}: no such file")
@@ -137,14 +141,19 @@ def svg(title, curves, width=320, height=150):
     """One small chart; curves: per run a list of (x, y), drawn in the runs' colours."""
     xs, ys = zip(*itertools.chain(*curves))
     (x0, x1), (y0, y1) = (min(xs), max(xs)), (min(ys), max(ys))
-    def place(x, y):
-        return f"{8 + (width - 16) * (x - x0) / (x1 - x0 or 1):.1f},{height - 22 - (height - 56) * (y - y0) / (y1 - y0 or 1):.1f}"
-    lines = "".join(f'<polyline class="run{i % 6}" points="{" ".join(place(*p) for p in thin(c))}"/>' for i, c in enumerate(curves) if c)
+
+    def line(run, points):
+        xs = [8 + (width - 16) * (x - x0) / (x1 - x0 or 1) for x, _ in thin(points)]
+        ys = [height - 22 - (height - 56) * (y - y0) / (y1 - y0 or 1) for _, y in thin(points)]
+        return f'<polyline class="run{run % 6}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys))}"/>'
+    lines = "".join(line(run, points) for run, points in enumerate(curves) if points)
     texts = [(8, 14, "start", "name", title), (width - 8, 14, "end", "", f"{y0:.4g} to {y1:.4g}"),
              (8, height - 6, "start", "", f"{x0:g}"), (width - 8, height - 6, "end", "", f"{x1:g}")]
-    marks = "".join(f'<text x="{x}" y="{y}" text-anchor="{a}" class="{c}">{html.escape(t)}</text>' for x, y, a, c, t in texts)
-    frame = f'<line x1="8" x2="{width - 8}" y1="{height - 22}" y2="{height - 22}"/>'
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">{frame}{lines}{marks}</svg>'
+    marks = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}" class="{kind}">{html.escape(text)}</text>'
+                    for x, y, anchor, kind, text in texts)
+    axis = f'<line x1="8" x2="{width - 8}" y1="{height - 22}" y2="{height - 22}"/>'
+    label = f'viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}"'
+    return f"<svg {label}>{axis}{lines}{marks}</svg>"
 
 
 def curves_html(runs):
@@ -168,7 +177,8 @@ def table_html(title, table):
     body = "".join(f"<tr><th>{cells[0]}</th>{''.join(f'<td>{c}</td>' for c in cells[1:])}</tr>" for cells in rows)
     apart = ' class="apart"' if title.startswith("NOT") else ""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    return f'<section{apart}><h2>{html.escape(title)}</h2><div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<section{apart}><h2>{html.escape(title)}</h2><div class="wide">{table}</div></section>'
 
 
 def match_rows(folders):
@@ -179,9 +189,9 @@ def match_rows(folders):
 
 
 def rank(matched, columns):
-    """Matched rows, largest differences first: the sum over metrics of the range across folders, in standard deviations.
+    """Matched rows with their difference, largest first: ranges across folders over all metrics, in deviations.
 
-    With one folder: the distance from the folder's mean.
+    With one folder, the distances from its means.
     """
     cells = [cell["scores"] for _, _, row in matched for cell in row if cell]
     spreads = {}
@@ -206,7 +216,7 @@ def shown_scores(cell, columns):
 
 
 def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_rows=50, runs=(), embed_mb=64.0):
-    """Write out/report.html; its path. folders: scored rows of eval.py; columns: {metric: shown name}; rafts: see draw_row."""
+    """Write out/report.html. folders: scored rows of eval.py; columns: {metric: name}; rafts: see draw_row."""
     ranked = rank(match_rows(folders), columns)
     budget, blobs, rows = embed_mb * 1e6, [], []
     for i, (difference, prompt, index, cells) in enumerate(tqdm(ranked, desc="report", disable=None)):
@@ -218,7 +228,7 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
                 shown.append({"none": cell["error"] if cell else "no video"})
                 continue
             path = next(media)
-            shown.append({"scores": shown_scores(cell, columns), "flow": path != cell["path"], "why": list(cell["skipped"].values())})
+            shown.append({"scores": shown_scores(cell, columns), "why": list(cell["skipped"].values())})
             if path.stat().st_size <= budget:
                 budget -= path.stat().st_size
                 shown[-1]["blob"] = len(blobs)
@@ -227,10 +237,10 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
                 shown[-1]["href"] = urllib.parse.quote(os.path.relpath(path, out))
         rows.append({"prompt": prompt, "index": index, "difference": difference, "cells": shown})
     data = {"labels": labels, "columns": list(columns.values()), "rows": rows}
-    notes = "".join(f"<li>{html.escape(line)}</li>" for line in notes)
+    title, items = html.escape(", ".join(labels)), "".join(f"<li>{html.escape(line)}</li>" for line in notes)
+    notes = f"<details><summary>Left out ({len(notes)})</summary><ul>{items}</ul></details>" if notes else ""
     return write_page(out / "report.html", fill(
-        "report_template.html", title=html.escape(", ".join(labels)), tables="".join(table_html(*t) for t in tables),
-        notes=f"<details><summary>Left out or skipped ({notes.count('<li>')})</summary><ul>{notes}</ul></details>" if notes else "",
+        "report_template.html", title=title, tables="".join(table_html(*table) for table in tables), notes=notes,
         curves=curves_html(runs), blobs="\n".join(blobs), data=as_json(data)))
 
 
@@ -238,11 +248,11 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
 # survey.html
 
 
-def write_survey(out, folders, pairs, embed_mb=64.0):
-    """Write out/survey.html, the study of two folders; its path. pairs: [(prompt, index, path of A, path of B)].
+def write_survey(out, labels, pairs, embed_mb=64.0):
+    """Write out/survey.html, the study of two folders. pairs: [(prompt, index, path of A, path of B)].
 
-    Blind: sides and order are drawn in the browser, and videos that are too large to embed are copied under names that do not
-    tell their folder. The page's answers name A and B; eval.py --tally reads them.
+    Blind: sides and order are drawn in the browser, and videos too large to embed are copied under names that do not
+    tell their folder. The answers name A and B; eval.py --tally reads them.
     """
     stamp = "\n".join(f"{path} {path.stat().st_size}" for *_, a, b in pairs for path in (a, b))
     survey = hashlib.md5(stamp.encode()).hexdigest()[:12]
@@ -260,5 +270,5 @@ def write_survey(out, folders, pairs, embed_mb=64.0):
                 shutil.copyfile(path, out / "survey_files" / name)
                 item[side] = {"href": f"survey_files/{name}"}
         items.append(item)
-    data = {"survey": survey, "folders": [str(folder) for folder in folders], "questions": QUESTIONS, "pairs": items}
+    data = {"survey": survey, "folders": labels, "questions": QUESTIONS, "pairs": items}
     return write_page(out / "survey.html", fill("survey_template.html", blobs="\n".join(blobs), data=as_json(data)))

@@ -6,8 +6,8 @@
     python sample.py --prompt "..." --preset wan1.3b --steps 50                   the teacher
 
 Up to as many --steps as the student was distilled for, this is the few-step sampler of training; above, the teacher's.
-With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0) has the seed
---seed + 100000 p + i, VBench's rule, whatever the batch size.
+With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0, repeated prompts
+dropped) has the seed --seed + 100000 p + i, VBench's rule, whatever the batch size.
 """
 
 import argparse
@@ -32,15 +32,15 @@ import model
 import vae as wan_vae
 from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, load_dit, sample_noise,
                    shift_time)
-from raft import clip_beside_flow, load_raft, video_flow
+from raft import check_size, clip_beside_flow, load_raft, video_flow
 from vae import load_vae
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
 WAN = dict(height=480, width=832, frames=81, fps=16.0, timesteps=(1000, 757, 522), batch_size=1)
 SAMPLING = {  # what a preset samples by default; timesteps are the student's, shift and guidance of Wan its README's
-    "toy": dict(**TOY, shift=3.0, guidance=3.0),
-    "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0),
-    "wan14b": dict(**WAN, shift=5.0, guidance=5.0),
+    "toy": dict(**TOY, shift=3.0, guidance=2.5, negative_prompt=""),
+    "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0, negative_prompt=NEGATIVE_PROMPT),
+    "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT),
 }
 TEACHER_STEPS = 50
 
@@ -292,7 +292,7 @@ def generate(args, net, vae, contexts, prompts, seeds):
     noise = sample_noise(seeds, shape, 1 if args.teacher else args.steps).to(args.device)        # [S, B, C, f, h, w]
     context = contexts(prompts).to(args.device)
     if args.teacher:
-        negative = contexts([NEGATIVE_PROMPT] * len(prompts)).to(args.device)
+        negative = contexts([args.negative_prompt] * len(prompts)).to(args.device)
         return decode(vae, teacher_sample(net, noise[0], context, negative, args.steps, args.shift, args.guidance))
     return decode(vae, few_step(net, noise, context, few_step_times(args.timesteps, args.shift)[: args.steps]))
 
@@ -323,6 +323,7 @@ def parse_flags(argv):
     flag("--steps", type=int, help="default: as many as the student has, 50 without a student")
     flag("--shift", type=float, help="of the noise levels; more stays noisy for longer")
     flag("--guidance", type=float, help="of the teacher; 1: none")
+    flag("--negative_prompt", help="of the teacher; default Wan's own, empty in the toy world, which was trained so")
     flag("--batch_size", type=int, help="videos at once; changes speed and memory only")
     flag("--weights", help="folder of the preset's weights, default as in README")
     flag("--generator", help="file, folder or hub name; default: newest export in runs/, shipped student, base model")
@@ -345,22 +346,25 @@ def header(path):
 def resolve(args):
     """Fill in from the preset's row what the flags leave open; raise ValueError for what cannot be sampled."""
     if args.preset == "auto":
-        args.preset = header(args.generator).get("preset", "auto") if args.generator else "auto"
-    if args.preset == "auto":
-        args.preset = "wan1.3b" if torch.cuda.is_available() else "toy"
-        here = "no CUDA" if args.preset == "toy" else "CUDA"
-        print(f"preset {args.preset} ({here} here; --preset {' or '.join(SAMPLING)} to choose)")
+        here = ("wan1.3b", "CUDA here") if torch.cuda.is_available() else ("toy", "no CUDA here")
+        stated = header(args.generator).get("preset")
+        args.preset, why = (stated, "the generator's") if stated in SAMPLING else here
+        print(f"preset {args.preset} ({why}; --preset {', '.join(SAMPLING)} to choose)")
     args.weights = Path(args.weights or WEIGHTS[args.preset])
     for key, value in SAMPLING[args.preset].items():
         if key != "shift" and getattr(args, key, None) is None:  # a student's file may state its shift
             setattr(args, key, value)
-    if args.dtype == "auto":
-        args.dtype = "bf16" if torch.device(args.device).type == "cuda" else "fp32"
     if args.frames % 4 != 1 or args.frames < 1:
         near = max(1, args.frames // 4 * 4 + 1)
         raise ValueError(f"expected --frames 1 + 4k (17, 49, 81), got {args.frames}: try {near}")
     if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
         raise ValueError(f"expected --height and --width divisible by 16, got {args.height} x {args.width}")
+    try:
+        device = torch.empty(1, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a --device of this machine, got {args.device} ({str(error)[:60]} ...)") from None
+    if args.dtype == "auto":
+        args.dtype = "bf16" if device.type == "cuda" else "fp32"
     for key in ("num_videos", "batch_size", "fps", "steps", "shift"):
         if getattr(args, key) is not None and getattr(args, key) <= 0:
             raise ValueError(f"expected --{key} above 0, got {getattr(args, key)}")
@@ -368,18 +372,19 @@ def resolve(args):
 
 def choose_generator(args):
     """Decide args.generator, .steps, .timesteps, .shift and .teacher (which sampler), say so, return its header."""
-    base, found = args.weights, []
-    if args.steps is None or args.steps <= len(args.timesteps):
-        exports = (REPO / "runs").glob("*/generator.safetensors")
-        found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
-        found = found or [p for p in [base / "student.safetensors"] if p.exists()]
-    args.generator = args.generator or str([base, *found][-1])
-    meta = header(args.generator)
+    exports = (REPO / "runs").glob("*/generator.safetensors")
+    found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
+    shipped = [p for p in [args.weights / "student.safetensors"] if p.exists()]
+    student = Path(args.generator) if args.generator else [args.weights, *shipped, *found][-1]
+    meta = header(student)
     sampler = json.loads(meta.get("sampler", "{}"))  # what train.py distilled it for
     args.timesteps = sampler.get("timesteps", args.timesteps)
-    args.steps = args.steps or (TEACHER_STEPS if args.generator == str(base) else len(args.timesteps))
+    args.steps = args.steps or (TEACHER_STEPS if student == args.weights else len(args.timesteps))
     args.teacher = args.steps > len(args.timesteps)
-    args.shift = args.shift or (not args.teacher and sampler.get("shift")) or SAMPLING[args.preset]["shift"]
+    if args.teacher and not args.generator:
+        student, meta, sampler = args.weights, {}, {}
+    args.generator = str(student)
+    args.shift = args.shift or sampler.get("shift", SAMPLING[args.preset]["shift"])
     how = f"UniPC, guidance {args.guidance:g}" if args.teacher else "few-step"
     cycle = f", cycle {meta['step']}" if "step" in meta else ""
     print(f"generator {args.generator}{cycle}: {args.steps} steps ({how})")
@@ -403,10 +408,11 @@ def read_prompts(args):
 def plan(args, prompts, meta):
     """(prompt, seed, path, comment) of each video that is still to be made; comment holds its settings as JSON."""
     keys = ["preset", "generator", "steps", "shift", "timesteps", "height", "width", "frames", "fps", "dtype"]
-    settings = {key: getattr(args, key) for key in keys + ["guidance"] * args.teacher} | dict(cycle=meta.get("step"))
+    keys += ["guidance", "negative_prompt"] * args.teacher
+    settings = {key: getattr(args, key) for key in keys} | dict(cycle=meta.get("step"))
     one, jobs = len(prompts) * args.num_videos == 1 and not args.out_dir, []
-    if args.out and not one:
-        raise ValueError(f"--out takes one video, {len(prompts) * args.num_videos} were asked for: use --out_dir alone")
+    if args.out and not (one and args.out.endswith(".mp4")):
+        raise ValueError(f"--out takes one .mp4, got {args.out} for {len(prompts) * args.num_videos}: see --out_dir")
     for p, i in itertools.product(range(len(prompts)), range(args.num_videos)):
         name, seed = f"{prompts[p]}-{i}.mp4", args.seed + 100000 * p + i
         comment = json.dumps(dict(prompt=prompts[p], seed=seed, **settings), ensure_ascii=False)
@@ -446,13 +452,13 @@ def random_toy():
 def load_networks(args, prompts):
     """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
     base = args.generator == str(args.weights)
-    if base and args.preset == "toy" and not list(args.weights.glob("*.safetensors")):
+    if base and args.preset == "toy" and not (args.weights / "teacher.safetensors").exists():
         net, vae, contexts = random_toy()
     elif not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
         raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
                          f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
     else:
-        texts = prompts + [NEGATIVE_PROMPT] * args.teacher
+        texts = prompts + [args.negative_prompt] * args.teacher
         contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
         net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
@@ -461,9 +467,11 @@ def load_networks(args, prompts):
 
 
 def load_flow(args):
-    """RAFT for --flow."""
+    """RAFT for --flow; raises ValueError for frames that are too small for it."""
     places = [args.weights / "raft.safetensors", REPO / "weights" / "raft-things.pth"]
-    return load_raft(args.raft or next((p for p in places if p.exists()), places[-1]), args.device)
+    raft = load_raft(args.raft or next((p for p in places if p.exists()), places[-1]), args.device)
+    check_size(raft.cfg, args.height, args.width)
+    return raft
 
 
 def run(argv):

@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ class Config:
     # weights: files, folders or hub names
     weights: str = ""               # folder of the preset's weights, default as in README
     generator: str = ""             # a 3-step student to start from; default the preset's own, else the teacher
-    fake_score: str = ""            # default the teacher
+    fake_score: str = ""            # that student's own, as a run exports it; default the preset's, else the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
     # data
     videos: str = ""                # folder of real videos, searched recursively
@@ -146,8 +147,9 @@ def parse_flags(argv):
 def resolve(cfg):
     """Fill in the settings whose default depends on others or on what lies on the disk."""
     cfg.out, cfg.weights = cfg.out or str(REPO / "runs" / cfg.preset), cfg.weights or str(WEIGHTS[cfg.preset])
-    student = Path(cfg.weights) / "student.safetensors"
-    cfg.generator = cfg.generator or (str(student) if student.exists() else "")
+    student, score = Path(cfg.weights) / "student.safetensors", Path(cfg.weights) / "fake_score.safetensors"
+    if not cfg.generator and student.exists():
+        cfg.generator, cfg.fake_score = str(student), cfg.fake_score or (str(score) if score.exists() else "")
     if cfg.warmup_steps < 0:
         cfg.warmup_steps = 0 if cfg.generator else 600
     if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
@@ -169,6 +171,9 @@ def check(cfg):
         raise ValueError(f"expected --height and --width divisible by 16, got {cfg.height} x {cfg.width}")
     if not 1 <= cfg.window <= (cfg.frames - 1) // 4:
         raise ValueError(f"expected --window 1 to {(cfg.frames - 1) // 4} chunks for {cfg.frames} frames, got {cfg.window}")
+    if cfg.preset == "toy" and not cfg.videos and ((cfg.height, cfg.width) != (64, 64) or cfg.frames > 17):
+        raise ValueError(f"expected 64 x 64 and at most 17 frames, the size of the toy world's real clips, got {cfg.height} x {cfg.width} x "
+                         f"{cfg.frames}: give --videos for other sizes")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
         raise ValueError(f"expected --discriminator_batch at most batch * fake_steps = {cfg.batch * cfg.fake_steps}, since it reuses "
                          f"the fake score's samples; got {cfg.discriminator_batch}")
@@ -193,7 +198,10 @@ def say(line):
 
 
 def stop(line):
-    say(f"train.py: {line}")
+    """End with one line; before the ranks part ways only the first says it."""
+    if rank() == 0 or dist.is_initialized():
+        tqdm.write(f"train.py: {line}")
+        sys.stdout.flush()
     sys.exit(2)
 
 
@@ -206,7 +214,7 @@ def setup():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))  # encoding the prompts may take an hour
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     # Inside a node parameters are sharded, across nodes replicated (HSDP): the slow links carry gradients only.
     shape = (world() // local, local) if world() > local else (world(),)
@@ -295,7 +303,8 @@ class Log:
     def write(self, values):
         if rank() == 0:
             with self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+                finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+                file.write(json.dumps(finite) + "\n")  # JSON has no NaN
             text = [f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items() if key != "step"]
             say(f"{values['step']:5d} " + " | ".join(text))
 
@@ -321,7 +330,10 @@ class RealClips(Dataset):
             return x[:, first: first + self.frames], skipped
         for i in torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist():
             try:
-                return read_video(self.files[i], self.frames, (cfg.height, cfg.width), cfg.fps, place)[0], skipped
+                x, fps = read_video(self.files[i], self.frames, (cfg.height, cfg.width), cfg.fps, place)
+                if fps > 0.9 * cfg.fps:  # slower ones would repeat frames: flow that is zero every other time
+                    return x, skipped
+                skipped.append(f"{self.files[i]}: has {fps:.3g} frames per second, {cfg.fps} needed")
             except ValueError as error:
                 skipped.append(str(error))
         return None, skipped
@@ -411,7 +423,8 @@ def find_raft(cfg):
 def load_networks(cfg):
     """Generator, teacher, fake score and discriminator in fp32 on the CPU, and the frozen VAE and RAFT."""
     teacher = load_dit(cfg.weights)
-    generator, fake_score = load_dit(cfg.generator or cfg.weights), load_dit(cfg.fake_score or cfg.weights)
+    generator = load_dit(cfg.generator or cfg.weights)
+    fake_score = load_dit(cfg.fake_score or cfg.weights, entry="critic")  # what CausVid's checkpoints call it
     for name, net in dict(generator=generator, fake_score=fake_score).items():
         if net.cfg != teacher.cfg:
             raise ValueError(f"expected a {name} of the teacher's architecture {teacher.cfg}, got {net.cfg}")
@@ -473,7 +486,7 @@ def export(cfg, step, net, state, name):
         save_dit(full, path.with_suffix(".part"), net.cfg, preset=cfg.preset, step=step, commit=commit,
                  sampler=json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift}))
         path.with_suffix(".part").rename(path)
-        say(f"wrote {path}: python sample.py --preset {cfg.preset} --generator {path}")
+        say(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -526,8 +539,8 @@ def see(cfg, vae, o):
 
 def trainable(net, flag, part=None):
     """Freeze or free a sharded network, or a part of it."""
+    net.reshard()  # after a forward without backward the root is still gathered: the flag would miss the sharded parameters
     (part or net).requires_grad_(flag)
-    net.reshard()  # its root may still be gathered under the old flag, and would go on collecting gradients
 
 
 def tally(sums, name, values, weight):
@@ -575,7 +588,11 @@ def train(cfg):
     if rank() == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    contexts = encode_prompts([*prompts, NEGATIVE_PROMPT, PROMPT, ""], cfg.weights, out / "contexts", device)
+    texts = [*prompts, NEGATIVE_PROMPT, PROMPT, ""]
+    if os.environ["LOCAL_RANK"] == "0":  # one text encoder a node; the others read its files
+        encode_prompts(texts, cfg.weights, out / "contexts", device)
+    dist.barrier()
+    contexts = encode_prompts(texts, cfg.weights, out / "contexts", device)
 
     dtype = torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda") else None
     vae, raft = vae.to(device, dtype), raft.to(device)
@@ -698,10 +715,10 @@ def train(cfg):
             value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
         log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
+    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # what a later run would have to fit first
     export(cfg, last, generator, generator.state_dict(), "generator")
     if ema:
         export(cfg, last, generator, ema, "generator_ema")
-    dist.destroy_process_group()
 
 
 def dry_run(cfg):
@@ -723,6 +740,9 @@ def main(argv=None):
         dry_run(cfg) if cfg.dry_run else train(cfg)
     except (ValueError, OSError) as error:
         stop(str(error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

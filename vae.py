@@ -1,12 +1,13 @@
 """The Wan2.1 video VAE, chunk-recurrent: 1 + 4k frames [B, 3, T, H, W] in [-1, 1] <-> k + 1 latents [B, C, f, h, w].
 
 Every temporal convolution is causal, so a clip passes through in chunks, the last input frames of each convolution being all
-that a chunk needs of its past. Here that state is a value: a layer maps (x, past) -> (y, past), `run` maps (x, state) ->
-(y, state) through a stack of layers, and nothing is stored on a module. Hence a chunk can be checkpointed, a gradient stops where
-the state is detached, and nothing after a window need be decoded. `past` is None before the first frame of a clip.
+that a chunk needs of its past. Here that state is a value: `run` maps (x, state) -> (y, state) through a stack of layers and
+nothing is stored on a module. Hence a chunk can be checkpointed, a gradient stops where the state is detached, and nothing
+after a window need be decoded.
 Module attributes carry the official checkpoint's names (numbers included), so that loading is strict.
 """
 
+import itertools
 import json
 import re
 from dataclasses import asdict, dataclass
@@ -21,7 +22,13 @@ from torch.utils.checkpoint import checkpoint
 from model import assign, read_state_dict, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: (x [B, C, T, H, W], past) -> (y, past)
+# Layers: (x [B, C, T, H, W], past, after) -> y. Each takes its entries of the old state from the iterator `past`, None where
+# a clip starts, and appends those of the new state to the list `after`.
+
+
+def channels_last(x):
+    """x with the channels of a pixel side by side in memory, the layout that norms and convolutions want."""
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 def frames(x):
@@ -48,38 +55,39 @@ def norm_silu(norm, x):
     return F.silu(norm(x), inplace=True)
 
 
-class CausalConv(nn.Conv3d):
-    """The one place where time is streamed: convolve [past, x] and hand on the last frames of the input.
+def stream(conv, x, last, after):
+    """A causal convolution of x that goes on where the previous chunk ended: the one place where time passes.
 
-    past: [B, C, 2, H, W] (1 frame for a temporal stride of 2), or None before the first frame, which stands for zeros.
+    last: the final frames of that chunk's input to conv, [B, C, 2, H, W] (one frame if conv halves T), or None where a clip
+    starts, which stands for zeros. Those of x are appended to `after`. Returns y.
     """
+    if last is None:
+        # A first chunk is one frame after zeros: only the last temporal tap sees anything.
+        assert x.shape[2] == 1, x.shape
+        after.append(torch.cat([torch.zeros_like(x), x], dim=2))
+        return channels_last(F.conv3d(x, conv.weight[:, :, -1:], conv.bias, padding=conv.padding))
+    x, keep = torch.cat([last, x], dim=2), last.shape[2]
+    del last
+    after.append(x[:, :, -keep:].clone())  # a slice would keep all of x alive
+    return channels_last(F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding))
 
-    def __init__(self, dim, out_dim, kernel=3, stride=1):
-        super().__init__(dim, out_dim, kernel, stride, padding=(0, 1, 1) if kernel == 3 else 0)
 
-    def forward(self, x, past):
-        if past is None:
-            # A first chunk is one frame after zeros: only the last temporal tap sees anything.
-            assert x.shape[2] == 1, x.shape
-            y = F.conv3d(x, self.weight[:, :, -1:], self.bias, padding=self.padding)
-            return y, torch.cat([torch.zeros_like(x), x], dim=2)
-        x = torch.cat([past, x], dim=2)
-        # A slice would keep the whole of x alive; the copy is two frames.
-        return super().forward(x), x[:, :, -past.shape[2]:].clone()
+def causal_conv(dim, out_dim):
+    return nn.Conv3d(dim, out_dim, 3, padding=(0, 1, 1))  # time is padded by `stream`
 
 
 class ResBlock(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
-        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim),
-                                       "3": RMSNorm(out_dim), "6": CausalConv(out_dim, out_dim)})
+        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": causal_conv(dim, out_dim),
+                                       "3": RMSNorm(out_dim), "6": causal_conv(out_dim, out_dim)})
         self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
 
-    def forward(self, x, past):
-        past1, past2 = past or (None, None)
-        y, past1 = self.residual["2"](norm_silu(self.residual["0"], x), past1)
-        y, past2 = self.residual["6"](norm_silu(self.residual["3"], y), past2)
-        return y.add_(self.shortcut(x)), (past1, past2)
+    def forward(self, x, past, after):
+        norm1, conv1, norm2, conv2 = self.residual.values()
+        # Nested, so that no name keeps what lies between the convolutions alive during the second.
+        y = stream(conv2, norm_silu(norm2, stream(conv1, norm_silu(norm1, x), next(past), after)), next(past), after)
+        return y.add_(self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -91,12 +99,12 @@ class Attention(nn.Module):
         self.to_qkv, self.proj = nn.Conv2d(dim, 3 * dim, 1), nn.Conv2d(dim, dim, 1)
         nn.init.zeros_(self.proj.weight)
 
-    def forward(self, x, past):
+    def forward(self, x, past, after):
         B, C, T, H, W = x.shape
         qkv = self.to_qkv(self.norm(frames(x)))                                   # [B T, 3 C, H, W]
         q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)         # [B T, 1, H W, C]
         y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)         # [B T, C, H W]
-        return x + clips(self.proj(y.unflatten(2, (H, W))), B), past
+        return x + clips(self.proj(y.unflatten(2, (H, W))), B)
 
 
 class Down(nn.Module):
@@ -105,13 +113,17 @@ class Down(nn.Module):
     def __init__(self, dim, temporal):
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim, 3, stride=2)})
-        self.time_conv = CausalConv(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
-    def forward(self, x, past):
-        x = clips(self.resample["1"](F.pad(frames(x), (0, 1, 0, 1))), len(x))
+    def forward(self, x, past, after):
+        x = channels_last(clips(self.resample["1"](F.pad(frames(x), (0, 1, 0, 1))), len(x)))
         if self.time_conv is None:
-            return x, past
-        return (x, x.clone()) if past is None else self.time_conv(x, past)
+            return x
+        last = next(past)
+        if last is None:
+            after.append(x.clone())
+            return x
+        return stream(self.time_conv, x, last, after)
 
 
 def upsample_conv(conv, x):
@@ -129,24 +141,33 @@ class Up(nn.Module):
     def __init__(self, dim, temporal):
         super().__init__()
         self.resample = nn.ModuleDict({"1": nn.Conv2d(dim, dim // 2, 3)})
-        self.time_conv = CausalConv(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.time_conv = nn.Conv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
-    def forward(self, x, past):
-        if self.time_conv is not None and past is None:
-            past = torch.zeros_like(torch.cat([x, x], dim=2))
-        elif self.time_conv is not None:
-            y, past = self.time_conv(x, past)                                     # [B, 2 C, T, H, W], even | odd frames
+    def forward(self, x, past, after):
+        last = next(past) if self.time_conv else None
+        if self.time_conv and last is None:
+            after.append(torch.zeros_like(torch.cat([x, x], dim=2)))
+        elif self.time_conv:
+            y = stream(self.time_conv, x, last, after)                            # [B, 2 C, T, H, W], even | odd frames
             y = y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).movedim(4, 2)      # [B, T, 2, H, W, C]
-            x = y.flatten(1, 2).permute(0, 4, 1, 2, 3)                            # [B, C, 2 T, H, W]
-        return clips(upsample_conv(self.resample["1"], frames(x)), len(x)), past
+            x = channels_last(y.flatten(1, 2).permute(0, 4, 1, 2, 3))             # [B, C, 2 T, H, W]
+        return channels_last(clips(upsample_conv(self.resample["1"], frames(x)), len(x)))
+
+
+class Stem(nn.Conv3d):
+    def __init__(self, dim, out_dim):
+        super().__init__(dim, out_dim, 3, padding=(0, 1, 1))
+
+    def forward(self, x, past, after):
+        return stream(self, x, next(past), after)
 
 
 class Head(nn.ModuleDict):
     def __init__(self, dim, out_dim):
-        super().__init__({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim)})
+        super().__init__({"0": RMSNorm(dim), "2": causal_conv(dim, out_dim)})
 
-    def forward(self, x, past):
-        return self["2"](norm_silu(self["0"], x), past)
+    def forward(self, x, past, after):
+        return stream(self["2"], norm_silu(self["0"], x), next(past), after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,17 +175,19 @@ class Head(nn.ModuleDict):
 
 
 def run(layers, x, state, remat_blocks=False):
-    """Advance layers by one chunk: (x [B, C, T, H, W], state) -> (y, state), one state entry a layer. A pure function.
+    """Advance layers by one chunk: (x [B, C, T, H, W], state) -> (y, state). A pure function.
 
+    state: one tensor a causal convolution, in order, or None where a clip starts.
     remat_blocks: checkpoint each residual block, which bounds what a recomputation of the chunk holds.
     """
-    x, state, after = x.contiguous(memory_format=torch.channels_last_3d), iter(state), []
+    x, after = channels_last(x), []
+    past = itertools.repeat(None) if state is None else iter(state)
     for layer in layers:
         if remat_blocks and isinstance(layer, ResBlock):
-            x, past = checkpoint(layer, x, next(state), use_reentrant=False, preserve_rng_state=False)
+            x, states = checkpoint(run, [layer], x, [next(past), next(past)], use_reentrant=False, preserve_rng_state=False)
+            after += states
         else:
-            x, past = layer(x, next(state))
-        after.append(past)
+            x = layer(x, past, after)
     return x, after
 
 
@@ -175,18 +198,18 @@ def handed_over(items):
 
 
 def scan(layers, x, state, sizes, remat="pass"):
-    """Advance layers over x in chunks of `sizes` frames: (x, state or None) -> (y, state).
+    """Advance layers over x in chunks of `sizes` frames: (x, state) -> (y, state) as in `run`.
 
     remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none" neither.
     """
     assert remat in ("none", "pass", "block"), remat
-    state, out = list(state) if state else [None] * len(layers), []
+    out, state = [], state and list(state)
     grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters()))
     for chunk in x.split(sizes, dim=2):
         if grad and remat != "none":
             y, state = checkpoint(run, layers, chunk, state, remat == "block", use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = run(layers, chunk, handed_over(state))
+            y, state = run(layers, chunk, state and handed_over(state))
         out.append(y)
     return torch.cat(out, dim=2), state
 
@@ -201,7 +224,7 @@ class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dims = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        self.conv1, self.downsamples = CausalConv(3, dims[0]), nn.ModuleList()
+        self.conv1, self.downsamples = Stem(3, dims[0]), nn.ModuleList()
         for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
             self.downsamples.extend(ResBlock(dim if j == 0 else out_dim, out_dim) for j in range(cfg.res_blocks))
             if i < len(cfg.temporal_down):
@@ -217,7 +240,7 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dims = [cfg.dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
-        self.conv1 = CausalConv(cfg.z_dim, dims[0])
+        self.conv1 = Stem(cfg.z_dim, dims[0])
         self.middle = nn.ModuleList([ResBlock(dims[0], dims[0]), Attention(dims[0]), ResBlock(dims[0], dims[0])])
         self.upsamples = nn.ModuleList()
         for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
@@ -392,7 +415,8 @@ def load_vae(path, dtype=torch.float32):
     state = official_vae(state)
     with torch.device("meta"):
         vae = WanVAE(vae_config(state, meta, path))
-    return assign(vae, {key: value.to(dtype) for key, value in state.items()}, path).requires_grad_(False).eval()
+    vae = assign(vae, {key: value.to(dtype) for key, value in state.items()}, path).requires_grad_(False).eval()
+    return vae.to(memory_format=torch.channels_last_3d)  # else every convolution reorders its weights anew
 
 
 def save_vae(vae, path, **metadata):
