@@ -222,7 +222,7 @@ class DiTConfig:
 
 
 CONFIGS = {
-    "toy": DiTConfig(dim=128, heads=4, ffn_dim=512, layers=6, freq_dim=64, text_dim=64, text_len=16),
+    "toy": DiTConfig(dim=128, heads=4, ffn_dim=512, layers=6, in_dim=8, freq_dim=64, text_dim=64, text_len=8),
     "wan1.3b": DiTConfig(dim=1536, heads=12, ffn_dim=8960, layers=30),
     "wan14b": DiTConfig(dim=5120, heads=40, ffn_dim=13824, layers=40),
 }

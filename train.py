@@ -200,8 +200,7 @@ def say(line):
 def stop(line):
     """End with one line; before the ranks part ways only the first says it."""
     if rank() == 0 or dist.is_initialized():
-        tqdm.write(f"train.py: {line}")
-        sys.stdout.flush()
+        tqdm.write(f"train.py: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -574,6 +573,7 @@ def train(cfg):
     # Everything that can be wrong with the input shows before the weights are loaded.
     prompts = read_prompts(cfg.prompts)
     say(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
+    say_warmup(cfg)
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.warmup_steps
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.steps
     saved, last = checkpoints(cfg.out), len(phases)
@@ -721,8 +721,25 @@ def train(cfg):
         export(cfg, last, generator, ema, "generator_ema")
 
 
+def forward_tflop(dit, cfg):
+    """One DiT forward of one sample: the blocks' matrix products and attention, which is nearly all of it."""
+    tokens = (1 + (cfg.frames - 1) // 4) * (cfg.height // 16) * (cfg.width // 16)
+    matrices = 6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim
+    return dit.layers * tokens * (2 * matrices + 4 * dit.dim * (tokens + dit.text_len)) / 1e12
+
+
+def say_warmup(cfg):
+    """What making the 3-step start costs; a forward with its recomputation and backward counts as four."""
+    if cfg.warmup_steps:
+        forwards = (1 + 4 + 3) + cfg.fake_steps * (2 + 4)  # rollouts leave after two steps on average
+        eflop = cfg.warmup_steps * cfg.batch * forwards * forward_tflop(CONFIGS[cfg.preset], cfg) / 1e6
+        say(f"{cfg.warmup_steps} cycles of distribution matching come first: {eflop:.2g} EFLOP, {eflop / 1.44:.2g} GPU-hours at "
+            "400 TFLOP/s; --generator STUDENT starts from a 3-step one instead")
+
+
 def dry_run(cfg):
     """Print what a run would hold: parameters, and the bytes a rank keeps between updates."""
+    say_warmup(cfg)
     with torch.device("meta"):
         dit = WanDiT(CONFIGS[cfg.preset])
         discriminator = MotionDiscriminator(CONFIGS[cfg.preset], cfg.depth, cfg.taps)

@@ -415,8 +415,9 @@ def load_vae(path, dtype=torch.float32):
     state = official_vae(state)
     with torch.device("meta"):
         vae = WanVAE(vae_config(state, meta, path))
-    vae = assign(vae, {key: value.to(dtype) for key, value in state.items()}, path).requires_grad_(False).eval()
-    return vae.to(memory_format=torch.channels_last_3d)  # else every convolution reorders its weights anew
+    # Without the layout every convolution would reorder its weights anew.
+    state = {key: channels_last(value.to(dtype)) if value.ndim == 5 else value.to(dtype) for key, value in state.items()}
+    return assign(vae, state, path).requires_grad_(False).eval()
 
 
 def save_vae(vae, path, **metadata):

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -35,7 +36,7 @@ from vae import VAEConfig, WanVAE, load_vae, save_vae                           
 
 RUNS, OUT = REPO / "runs" / "make_weights", REPO / "toy" / "weights"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = {"vae": 760, "raft": 900, "text": 600, "latents": 40, "teacher": 10000}
+STEPS = {"vae": 760, "raft": 900, "text": 600, "latents": 28, "decoder": 600, "teacher": 10000}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,7 +415,7 @@ def make_latents(vae: WanVAE, index: int) -> dict[str, Tensor]:
             parts.append({"z": vae.encode(truth.pixels, 4).half(), "cells": cells.mul(255).round().byte(),
                           "row": ((c * 3 + s) * 4 + d) * 3 + a})
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: torch.cat([p[k] for p in parts]).cpu() for k in parts[0]}, path.with_suffix(".part"))
+        save_file({k: torch.cat([p[k] for p in parts]).contiguous().cpu() for k in parts[0]}, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     with safe_open(path, "pt") as file:
         return {k: file.get_tensor(k) for k in file.keys()}
@@ -427,6 +428,44 @@ def train_latents(chunks: int) -> None:
         began = time.time()
         make_latents(vae, index)
         log("latents", chunk=index, seconds=time.time() - began)
+
+
+def train_decoder(steps: int) -> None:
+    """Fine-tune the shipped VAE's decoder alone on whole frames: the encoder, hence every cached latent, stays as it is.
+
+    CHOICE: a little noise on the latents, because a generator's are not exact either and edges should survive that.
+    """
+    torch.manual_seed(0)
+    vae = load_vae(OUT / "vae.safetensors").to(DEVICE)
+    net = nn.ModuleList([vae.decoder, vae.conv2]).requires_grad_(True)
+    optimizer = Optimizer(net, lambda n, p: p.ndim >= 4 and p[0].numel() >= 16 and len(p) >= 8, .006, 1e-3)
+    state, header = load_run("decoder")
+    if state:
+        unpack(state, header["step"], net, optimizer)
+    began, spent = time.time(), header.get("seconds", 0.)
+    for step in range(header["step"], steps):
+        rng = seeded("decoder", step)
+        index = int(torch.randint(4, (1,), generator=rng))
+        pick, start = torch.randint(CHUNK, (4,), generator=rng), int(torch.randint(3, (1,), generator=rng))
+        truth = clips((60_000_000 + index * CHUNK + pick).tolist(), device=DEVICE)
+        z = make_latents(vae, index)["z"][pick].float()
+        z = (z + .1 * torch.rand(4, 1, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)).to(DEVICE)
+        y = vae.decode_window(z, start, 2, 4, "none")
+        x = truth.pixels[:, :, :9] if start == 0 else truth.pixels[:, :, 4 * start:4 * start + 9]
+        weight = sprite_weight(x, 6.)
+        pixel = ((y - x).abs() + (y - x).square()).mul(weight).mean() / weight.mean()
+        pixel.backward()
+        norm = optimizer.step(schedule(step, steps, tail=.5))
+        if step % 20 == 0:
+            log("decoder", step=step, pixel=pixel.item(), norm=norm, seconds=spent + time.time() - began)
+        if step % 100 == 99 or step == steps - 1:
+            quality = vae_quality(vae, 100 if step == steps - 1 else 24)
+            log("decoder", step=step + 1, **quality, seconds=spent + time.time() - began)
+            save_run("decoder", step + 1, pack(net, optimizer), seconds=spent + time.time() - began)
+    with safe_open(OUT / "vae.safetensors", "pt") as file:
+        meta = file.metadata()
+    save_vae(vae.half(), OUT / "vae.safetensors", preset="toy", quality=json.dumps(quality),
+             recipe=meta["recipe"] + f"; then the decoder alone, {steps} steps, {(spent + time.time() - began) / 60:.0f} min, noisy latents")
 
 
 def compile_blocks() -> None:
@@ -479,6 +518,15 @@ def evaluate(net: WanDiT, vae: WanVAE, count: int = 200, steps: int = 50, guidan
     return score(sample_clips(net, vae, pairs, steps, guidance, shift), [p for p, _ in pairs])
 
 
+def average_gradients(net: nn.Module, ranks: int) -> None:
+    """Mean gradient over processes: on a busy machine two one-thread processes beat one with two threads."""
+    params = [p for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([p.grad.flatten() for p in params])
+    dist.all_reduce(flat)
+    for p, g in zip(params, flat.div_(ranks).split([p.numel() for p in params])):
+        p.grad.copy_(g.view_as(p))
+
+
 def teacher_batch(pool: dict[str, Tensor], step: int, batch: int, table: Tensor, null: Tensor) -> tuple[Tensor, ...]:
     """z0, noise, t, context, coverage of one step; one prompt in ten is dropped for guidance.
 
@@ -494,10 +542,10 @@ def teacher_batch(pool: dict[str, Tensor], step: int, batch: int, table: Tensor,
     return z0.to(DEVICE), noise.to(DEVICE), t.to(DEVICE), context, token_cells(pool["cells"][pick].float().div(255)).to(DEVICE)
 
 
-def train_teacher(steps: int, batch: int = 32, chunks: int = 48) -> None:
+def train_teacher(steps: int, batch: int = 16, chunks: int = 48) -> None:
     compile_blocks()
     torch.manual_seed(0)
-    vae = load_vae(OUT / "vae.safetensors").to(DEVICE)
+    vae, rank, ranks = load_vae(OUT / "vae.safetensors").to(DEVICE), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     net = WanDiT(DIT).init_weights().to(DEVICE)
     head = nn.Sequential(nn.LayerNorm(DIT.dim), nn.Linear(DIT.dim, 64)).to(DEVICE)
     both = nn.ModuleDict({"net": net, "head": head})
@@ -507,7 +555,11 @@ def train_teacher(steps: int, batch: int = 32, chunks: int = 48) -> None:
     if state:
         unpack(state, header["step"], both, optimizer, ema=ema)
     table, null = context_table()
-    names, pool, loaded = list(ema), {}, 0
+    pool, loaded = {}, 0
+    v, seen = tapped(net, head, torch.zeros(batch, DIT.in_dim, 5, 8, 8, device=DEVICE), torch.zeros(batch, device=DEVICE), table[:batch])
+    (v.sum() + seen.sum()).backward()                            # compiles, before anybody waits for it
+    both.zero_grad()
+    dist.init_process_group("gloo", init_method=f"tcp://localhost:{PORT}", rank=rank, world_size=ranks)
     began, spent, sums, saved = time.time(), header.get("seconds", 0.), [0., 0.], time.time()
     for step in range(header["step"], steps):
         if step % 200 == 0 or not pool:
@@ -515,13 +567,16 @@ def train_teacher(steps: int, batch: int = 32, chunks: int = 48) -> None:
             loaded = max(loaded, min(chunks, ready), 1)
             parts = [make_latents(vae, i) for i in range(loaded)]
             pool = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-        z0, noise, t, context, cells = teacher_batch(pool, step, batch, table, null)
+        z0, noise, t, context, cells = teacher_batch(pool, step * ranks + rank, batch, table, null)
         v, seen = tapped(net, head, add_noise(z0, noise, t), t, context)
         loss, aux = F.mse_loss(v, noise - z0), F.binary_cross_entropy_with_logits(seen, cells)
         (loss + AUX * aux).backward()
+        average_gradients(both, ranks)
         norm, keep = optimizer.step(schedule(step, steps, 200, .35)), min(.999, (step + 1) / (step + 20))
         torch._foreach_lerp_(list(ema.values()), [p.detach() for p in net.parameters()], 1 - keep)
         sums = [sums[0] + loss.item() / 50, sums[1] + aux.item() / 50]
+        if rank:
+            continue
         if step % 50 == 49:
             log("teacher", step=step + 1, loss=sums[0], aux=sums[1], norm=norm, clips=len(pool["z"]), seconds=spent + time.time() - began)
             sums = [0., 0.]
@@ -529,10 +584,10 @@ def train_teacher(steps: int, batch: int = 32, chunks: int = 48) -> None:
             save_run("teacher", step + 1, pack(both, optimizer, ema=ema), seconds=spent + time.time() - began)
             saved = time.time()
         if step % EVERY == EVERY - 1 or step == steps - 1:
-            export_teacher(net, ema, vae, step + 1, batch, spent + time.time() - began, 200 if step == steps - 1 else 48)
+            export_teacher(net, ema, vae, step + 1, batch * ranks, spent + time.time() - began, 200 if step == steps - 1 else 48)
 
 
-AUX, EVERY = 1., 2000           # weight of the auxiliary loss; steps between evaluations
+AUX, EVERY, PORT = 1., 1500, 29617         # weight of the auxiliary loss; steps between evaluations
 
 
 def export_teacher(net: WanDiT, ema: dict, vae: WanVAE, step: int, batch: int, seconds: float, count: int) -> None:

@@ -1,0 +1,1328 @@
+"""Every component against its reference, every equivalence, every bad input. CPU, no network.
+
+    python -m pytest -q test_smoke.py
+"""
+
+import copy
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import UMT5Config, UMT5EncoderModel
+
+import eval as scores
+import model
+import raft
+import report
+import sample
+import train
+import vae
+from amt import AMT
+from discriminator import motion_tensor, MotionDiscriminator
+from model import add_noise, CONFIGS, DiTConfig, encode_prompts, few_step, few_step_times, load_dit, load_text_encoder, sample_noise, save_dit, velocity_to_x0, WanDiT, WEIGHTS
+from musiq import MUSIQ
+from raft import load_raft, RAFT
+from sample import read_frames, read_video, unipc, unipc_sigmas, video_files, video_info, write_video
+from toy import world
+from vae import load_vae
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py
+
+
+TINY = DiTConfig(dim=96, heads=3, ffn_dim=208, layers=3, freq_dim=32, text_dim=32, text_len=24)
+
+
+def golden_dit():
+    g = load_file(GOLDEN / "wan_dit_tiny.safetensors")
+    return model.assign(WanDiT(TINY), {key[2:]: v.float() for key, v in g.items() if key.startswith("w.")}, "golden"), g
+
+
+def shapes(net):
+    return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+def on_meta(cfg):
+    with torch.device("meta"):
+        return WanDiT(cfg)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py
+
+
+def test_dit_equals_wan():
+    net, g = golden_dit()
+    for i in range(4):
+        out = net(g[f"case{i}.x"], g[f"case{i}.t"] / 1000, g[f"case{i}.context"])
+        assert (out - g[f"case{i}.out"]).abs().max() < 5e-5
+    for checkpointing in False, True:  # recomputed activations give the same gradients
+        for block in net.blocks:
+            block.checkpointing = checkpointing
+        net.zero_grad()
+        x = g["case0.x"].clone().requires_grad_()
+        (net(x, g["case0.t"] / 1000, g["case0.context"]) * g["case0.grad_out"]).sum().backward()
+        grads = {f"case0.grad_w.{key}": p.grad for key, p in net.named_parameters()} | {"case0.grad_x": x.grad}
+        for key in [key for key in g if "grad_w" in key or "grad_x" in key]:
+            assert (grads[key] - g[key]).abs().max() < 1e-4 * g[key].abs().max(), key
+
+
+def test_dit_norm_epsilon():
+    net, g = golden_dit()
+    rope = model.rope_table(2, 3, 4, 32, torch.device("cpu"))
+    out = net.blocks[0](g["block0probe.x"], g["case0.time_proj"], g["case0.text_emb"], rope)
+    assert (out - g["block0probe.out"]).abs().max() < 5e-5
+    assert (net.head(g["block0probe.x"], g["case0.time_emb"]) - g["headprobe.out"]).abs().max() < 5e-5
+
+
+def test_dit_keys_are_the_official_ones():
+    manifest, hf = (json.loads((GOLDEN / f"manifest_{n}_dit_1.3b.json").read_text()) for n in ("official", "diffusers"))
+    assert shapes(on_meta(CONFIGS["wan1.3b"])) == manifest
+    assert {key: list(v.shape) for key, v in model.official_dit({k: torch.empty(s, device="meta") for k, s in hf.items()}).items()} == manifest
+    assert 14.2e9 < sum(p.numel() for p in on_meta(CONFIGS["wan14b"]).parameters()) < 14.4e9
+
+
+def test_dit_init_starts_at_zero_velocity():
+    z, t, context = torch.randn(1, 16, 2, 4, 4), torch.tensor([0.5]), torch.randn(1, 24, 32)
+    assert WanDiT(TINY).init_weights()(z, t, context).abs().max() == 0
+    with pytest.raises(ValueError, match="divisible by 16"):
+        WanDiT(TINY)(z[..., :3], t, context)
+    with pytest.raises(ValueError, match="context"):
+        WanDiT(TINY)(z, t, context[:, :5])
+
+
+def test_weight_files_of_every_layout(tmp_path):
+    net, g = golden_dit()
+    state, hf = net.state_dict(), {k: v.float() for k, v in load_file(GOLDEN / "wan_dit_tiny_diffusers.safetensors").items()}
+    header = {"config": json.dumps(asdict(TINY))}
+    save_dit(net, tmp_path / "ours.safetensors", step=7)
+    save_file(hf, tmp_path / "diffusers.safetensors", metadata=header)
+    for name, part in ("a", list(hf)[::2]), ("b", list(hf)[1::2]):
+        save_file({key: hf[key] for key in part}, tmp_path / f"{name}.safetensors")
+    index = {key: f"{name}.safetensors" for name, part in (("a", list(hf)[::2]), ("b", list(hf)[1::2])) for key in part}
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    prefixed = {f"model.{key}": value for key, value in state.items()}
+    torch.save({"generator": prefixed, "critic": {"x": torch.zeros(1)}}, tmp_path / "causvid.pt")
+    torch.save({"generator": {}, "generator_ema": {f"model._fsdp_wrapped_module.{k}": v for k, v in state.items()}}, tmp_path / "self_forcing.pt")
+    rcm = {f"net.{key}": value for key, value in state.items()} | {"net.patch_embedding.weight": state["patch_embedding.weight"].flatten(1)}
+    torch.save(rcm, tmp_path / "rcm.pt", _use_new_zipfile_serialization=False)
+    with safe_open(tmp_path / "ours.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "7"
+    assert load_dit(tmp_path / "ours.safetensors").cfg == TINY
+    for name in "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt":
+        got = load_dit(tmp_path / name, TINY).state_dict()
+        assert all(torch.equal(got[key], state[key]) for key in state), name
+
+
+def test_wrong_weight_files_are_named(tmp_path):
+    net, _ = golden_dit()
+    state = net.state_dict()
+    save_dit({k: v for k, v in state.items() if k != "head.modulation"} | {"extra": torch.zeros(1)}, tmp_path / "keys.safetensors", TINY)
+    save_dit(state, tmp_path / "size.safetensors", replace(TINY, ffn_dim=100))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "size.safetensors").read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"some": torch.zeros(2)}, tmp_path / "other.pt")
+    for name, message in (("keys", "2 of .*missing head.modulation; unexpected extra"), ("size", r"\[208, 96\], not \[100, 96\]"),
+                          ("cut", "cut short"), ("none", "no such file")):
+        with pytest.raises(ValueError, match=message) as error:
+            load_dit(tmp_path / f"{name}.safetensors")
+        assert name in str(error.value) and "\n" not in str(error.value)
+    for name, message in ("text.pt", "cannot be read"), ("other.pt", "expected a Wan DiT"), ("", "none of diffusion_pytorch_model"):
+        with pytest.raises(ValueError, match=message):
+            load_dit(tmp_path / name)
+
+
+def test_flow_matching_conventions():
+    z0, noise, t = torch.randn(3, 4, 2, 4, 4), torch.randn(3, 4, 2, 4, 4), torch.tensor([0.0, 0.4, 1.0])
+    z_t = add_noise(z0, noise, t)
+    assert torch.equal(z_t[0], z0[0]) and torch.equal(z_t[2], noise[2])
+    assert (velocity_to_x0(noise - z0, z_t, t) - z0).abs().max() < 1e-6
+
+
+def test_few_step_equals_the_reference_sampler():
+    g = load_file(GOLDEN / "fewstep.safetensors")
+    cases = dict(causvid3_shift8=few_step_times(), sf4_shift5_warp=few_step_times((1000, 750, 500, 250), 5.0, warp=True),
+                 sf4_shift8_warp=few_step_times((1000, 750, 500, 250), 8.0, warp=True))
+    for name, times in cases.items():
+        assert [1000 * t for t, _ in times] == pytest.approx(g[f"{name}.timesteps"].tolist(), abs=1e-3)
+        assert [sigma for _, sigma in times] == pytest.approx(g[f"{name}.sigmas"].tolist(), abs=1e-7)
+        noise = torch.cat([g["x1"][None], g["renoise"][: len(times) - 1]])
+        for stop in range(len(times)):
+            x0 = few_step(lambda z, t, _: 0.8 * z + 0.6 * torch.sin(3 * t.view(-1, 1, 1, 1, 1) + g["phase"]), noise, None, times, stop)
+            assert (x0 - g[f"{name}.x0"][stop]).abs().max() < 1e-5
+
+
+def test_few_step_gradient_is_of_the_last_call_only():
+    w, noise, times = torch.ones(3, requires_grad=True), torch.randn(3, 1, 1, 1, 2, 2), few_step_times()
+    calls = iter(range(3))
+    few_step(lambda z, t, c: w[next(calls)] * z, noise, None, times).sum().backward()
+    assert w.grad[0] == w.grad[1] == 0 != w.grad[2]
+
+
+def test_noise_depends_on_the_sample_only():
+    both = sample_noise([5, 6], (2, 3), 4)
+    assert both.shape == (4, 2, 2, 3) and torch.equal(both[:, 1:], sample_noise([6], (2, 3), 4))
+
+
+def tiny_text_encoder(folder, words="a red circle moving right quickly"):
+    """Write a random UMT5 in the toy's layout; returns it."""
+    vocab = ["<pad>", "</s>", "<unk>", *words.split()]
+    config = dict(vocab_size=len(vocab), d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu")
+    torch.manual_seed(1)
+    net = UMT5EncoderModel(UMT5Config(**config)).eval()
+    state = {key: value for key, value in net.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    save_file(state, folder / "text.safetensors", metadata={"config": json.dumps({**config, "text_len": 8}), "vocab": json.dumps(vocab)})
+    return net
+
+
+def test_text_context_is_trimmed_and_padded_with_zeros(tmp_path):
+    net, encoder = tiny_text_encoder(tmp_path), None
+    encoder = load_text_encoder(tmp_path)
+    context = encoder(["a  red\n circle", "a red circle moving right moving right moving right"])
+    with torch.no_grad():
+        want = net(torch.tensor([[3, 4, 5, 1]])).last_hidden_state[0]
+    assert context.shape == (2, 8, 16) and (context[0, :4] - want).abs().max() < 1e-5
+    assert context[0, 4:].abs().max() == 0 and context[1].abs().sum(1).min() > 0
+    encoder.model.shared.weight.zero_()  # what some releases of transformers loaded without a word
+    with pytest.raises(ValueError, match="embedding"):
+        model.TextEncoder(encoder.model, encoder.tokenize, 8)
+
+
+def test_prompts_are_encoded_once(tmp_path):
+    tiny_text_encoder(tmp_path)
+    prompts, cache = ["a red circle", "a circle moving right"], tmp_path / "cache"
+    first = encode_prompts(prompts, tmp_path, cache)(prompts)
+    assert torch.equal(first, load_text_encoder(tmp_path)(prompts)) and len(list(cache.iterdir())) == 2
+    times = [file.stat().st_mtime_ns for file in sorted(cache.iterdir())]
+    assert torch.equal(encode_prompts(prompts, tmp_path, cache)(prompts[1:]), first[1:])
+    assert times == [file.stat().st_mtime_ns for file in sorted(cache.iterdir())]  # read, not encoded again
+    tiny_text_encoder(tmp_path, "other words")  # another encoder in the same place must not meet the old contexts
+    assert not torch.equal(encode_prompts(prompts, tmp_path, cache)(prompts), first)
+    with pytest.raises(ValueError, match="text encoder in .*empty"):
+        load_text_encoder(tmp_path / "empty")
+
+
+def test_umt5_official_keys_are_those_of_transformers():
+    official, hf = (json.loads((GOLDEN / f"manifest_{n}_umt5_xxl_enc.json").read_text()) for n in ("official", "hf"))
+    hf.pop("encoder.embed_tokens.weight")
+    assert model.rename(official, model.T5_KEYS) == hf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# discriminator.py
+
+
+def test_motion_tensor():
+    flow = torch.zeros(1, 2, 4, 8, 8)
+    flow[0, :, 3] = torch.tensor([3.0, -4.0]).view(2, 1, 1)
+    o = motion_tensor(flow.requires_grad_(), scale=5.0)
+    assert o.shape == (1, 3, 5, 8, 8) and torch.equal(o[:, :, 3], o[:, :, 4])  # the last flow twice
+    assert o[0, :, 3, 0, 0].tolist() == pytest.approx([3 / 50**0.5, -4 / 50**0.5, 2 * 0.5**0.5 - 1], abs=1e-5)
+    assert o[0, :, 0, 0, 0].tolist() == pytest.approx([0, 0, -1], abs=1e-3)
+    assert motion_tensor(1e4 * flow, 5.0).abs().max() <= 1
+    o.square().sum().backward()
+    assert flow.grad.isfinite().all() and flow.grad[0, :, 3].abs().min() > 0
+
+
+def test_discriminator_starts_from_the_dit():
+    dit, _ = golden_dit()
+    net = MotionDiscriminator(TINY, 2, (0, 1)).load_trunk(dit)
+    assert torch.equal(net.trunk.blocks[1].ffn[0].weight, dit.blocks[1].ffn[0].weight)
+    net.trunk.blocks[1].ffn[0].weight.data.zero_()
+    assert dit.blocks[1].ffn[0].weight.abs().max() > 0  # a copy
+    assert len(net.trunk.blocks) == 2 and not hasattr(net.trunk, "head")
+    with pytest.raises(ValueError, match="taps"):
+        MotionDiscriminator(TINY, 2, (0, 2))
+
+
+def test_gradient_reaches_the_pixels_and_every_parameter():
+    torch.manual_seed(0)
+    flow_net, coder = raft.RAFT(raft.CONFIGS["toy"]), vae.WanVAE(vae.VAEConfig(4, 16, (0.0,) * 16, (1.0,) * 16, res_blocks=1))
+    net = MotionDiscriminator(TINY, 3, (0, 1, 2))
+    x = torch.rand(2, 3, 5, 32, 32).requires_grad_()
+    o = coder.encode(motion_tensor(raft.video_flow(flow_net, x, 2), 3.0))
+    logit = net(o, torch.zeros(2), torch.randn(1, 24, 32).expand(2, -1, -1))
+    assert logit.shape == (2,)
+    F.softplus(-logit).sum().backward()
+    assert (x.grad.flatten(3).abs().sum(3) > 0).all()  # every frame of every clip
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vae.py
+
+
+def golden_vae():
+    """(WanVAE with the goldens' weights, frozen; the goldens)."""
+    g = load_file(GOLDEN / "wan_vae_tiny.safetensors")
+    net = vae.WanVAE(vae.VAEConfig(8, 4, tuple(g["latents_mean"].tolist()), tuple(g["latents_std"].tolist())))
+    net.load_state_dict({key[2:]: value.float() for key, value in g.items() if key.startswith("w.")})
+    return net.requires_grad_(False), g
+
+
+def decode_frames(net, z, a, b, truncated, **how):
+    """Frames of latents [a, b); the state of those before with or without its gradient."""
+    state = None
+    if a:
+        with torch.set_grad_enabled(not truncated):
+            _, state = net.advance(z[:, :, :a], None, **how)
+    return net.advance(z[:, :, a:b], state, **how)[0]
+
+
+def grad_of_z(net, z, window, grad_out):
+    z = z.clone().requires_grad_()
+    (window(net, z) * grad_out).sum().backward()
+    return z.grad
+
+
+def close(a, b, atol):
+    torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("latents_per_pass", [1, 2, 4])
+def test_vae_equals_wan(latents_per_pass):
+    net, g = golden_vae()
+    close(net.encode(g["video"], latents_per_pass), g["enc.mu"], 2e-5)
+    close(net.moments(g["video"], latents_per_pass)[1], g["enc.logvar"], 2e-5)
+    close(net.decode(g["dec.z"], latents_per_pass), g["dec.full"], 2e-5)
+    close(net.decode(g["enc.mu"], latents_per_pass), g["rec.from_mu"], 2e-5)
+
+
+def test_vae_windows_equal_wan():
+    net, g = golden_vae()
+    for a, b in (0, 1), (0, 3), (1, 2), (2, 5), (4, 7):
+        close(decode_frames(net, g["dec.z"], a, b, truncated=True), g[f"dec.win_{a}_{b}"], 2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "pass", "block"])
+@pytest.mark.parametrize("name, truncated", [("truncated", True), ("full", False)])
+def test_vae_window_gradients_equal_wan(name, truncated, remat):
+    net, g = golden_vae()
+    for a, b in (2, 5), (0, 3):
+        def window(net, z):
+            return decode_frames(net, z, a, b, truncated, latents_per_pass=2, remat=remat)
+        want = g[f"grad.win_{a}_{b}.{name}"]
+        close(grad_of_z(net, g["dec.z"], window, g[f"grad.win_{a}_{b}.grad_out"]), want, 1e-5 * want.abs().max())
+        assert want[:, :, a:b].all() and (want[:, :, :a] != 0).any() == (a > 0 and not truncated)
+
+
+@pytest.mark.parametrize("start, chunks", [(0, 2), (1, 3), (3, 3)])
+def test_decode_window_is_part_of_the_decode(start, chunks):
+    net, g = golden_vae()
+    end, first = start + chunks + 1, 4 * start
+    z = g["dec.z"].clone().requires_grad_()
+    x = net.decode_window(z, start, chunks)
+    assert x.shape[2] == 1 + 4 * chunks
+    close(x, g["dec.full"][:, :, first : first + 1 + 4 * chunks], 2e-5)
+    x.square().sum().backward()
+    inside = range(start + (start > 0), end)  # the boundary latent is inside at the clip's start only
+    assert [i for i in range(z.shape[2]) if z.grad[:, :, i].any()] == list(inside)
+
+
+def test_decode_window_stops_early():
+    net, g = golden_vae()
+    z = g["dec.z"].clone()
+    z[:, :, 4:] = float("nan")
+    assert net.decode_window(z, 1, 2).isfinite().all()
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_vae_checkpointing_changes_nothing(trainable):
+    net, g = golden_vae()
+    net.requires_grad_(trainable)
+
+    def gradients(remat, latents_per_pass):
+        x = g["video"][:, :, :13].clone().requires_grad_()
+        z = net.encode(x, latents_per_pass, remat)
+        net.decode_window(z, 1, 2, latents_per_pass, remat).square().mean().backward()
+        grads = [x.grad, *(p.grad for p in net.parameters() if trainable)]
+        net.zero_grad()
+        return grads
+    plain = gradients("none", 1)
+    for how in ("pass", 1), ("block", 1), ("none", 2), ("block", 2):
+        for a, b in zip(gradients(*how), plain, strict=True):
+            close(a, b, 1e-5 * b.abs().max())
+
+
+def test_vae_state_is_a_value():
+    net, g = golden_vae()
+    _, state = net.advance(g["dec.z"][:, :, :2])
+    before = copy.deepcopy(state)
+    once, again = (net.advance(g["dec.z"][:, :, 2:4], state, n)[0] for n in (1, 2))
+    close(once, again, 2e-5)
+    assert len(state) == 32 and all(torch.equal(a, b) for a, b in zip(state, before))
+    # No entry keeps a larger tensor alive, and a clip's first frame leaves the up3d convolutions' state at zero.
+    assert all(s.untyped_storage().nbytes() == 4 * s.numel() for s in state)
+    assert sum(not s.any() for s in net.advance(g["dec.z"][:, :, :1])[1]) == 2
+
+
+def test_upsample_conv_equals_the_plain_one():
+    conv, x = torch.nn.Conv2d(6, 4, 3, padding=1), torch.randn(2, 6, 5, 7)
+    close(vae.upsample_conv(conv, x), conv(F.interpolate(x, scale_factor=2)), 1e-5)
+
+
+def test_vae_batch_and_dtypes():
+    net, g = golden_vae()
+    z = torch.cat([g["dec.z"][:, :, :3], g["dec.z"][:, :, 3:6]])
+    close(net.decode(z, 2)[1:], net.decode(z[1:], 2), 2e-5)
+    want, wide, half = net.decode(z), copy.deepcopy(net).double().decode(z.double()), copy.deepcopy(net).bfloat16().decode(z)
+    assert wide.dtype == torch.float64 and half.dtype == torch.float32
+    close(wide, want.double(), 2e-5)
+    assert (half - want).norm() < 0.03 * want.norm()
+
+
+def test_vae_keys_are_the_official_ones():
+    manifest = json.loads((GOLDEN / "manifest_official_vae.json").read_text())
+    with torch.device("meta"):
+        net = vae.WanVAE(vae.CONFIGS["wan1.3b"])
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == manifest
+    keymap, hf = (json.loads((GOLDEN / f"{name}.json").read_text())
+                  for name in ("keymap_vae_official_to_diffusers", "manifest_diffusers_vae"))
+    assert vae.official_vae({keymap[key]: key for key in manifest}) == {key: key for key in manifest} and keymap.keys() == manifest.keys()
+    assert set(keymap.values()) == set(hf)
+
+
+def test_vae_files_of_every_layout(tmp_path):
+    net = vae.WanVAE(vae.VAEConfig(8, 16, vae.WAN.latents_mean, vae.WAN.latents_std))
+    state, z = net.state_dict(), torch.randn(1, 16, 2, 2, 2)
+    want = net.decode(z).detach()
+    keymap = json.loads((GOLDEN / "keymap_vae_official_to_diffusers.json").read_text())
+    (tmp_path / "official").mkdir()
+    torch.save(state, tmp_path / "official" / "Wan2.1_VAE.pth")
+    (tmp_path / "hub" / "vae").mkdir(parents=True)
+    save_file({keymap[key]: value for key, value in state.items()}, tmp_path / "hub" / "vae" / "diffusion_pytorch_model.safetensors")
+    for path in ["official", "official/Wan2.1_VAE.pth", "hub", "hub/vae", "hub/vae/diffusion_pytorch_model.safetensors"]:
+        loaded = vae.load_vae(tmp_path / path)
+        assert loaded.cfg == net.cfg and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        close(loaded.decode(z), want, 1e-5)
+    config = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}  # of another VAE than Wan's, beside its weights
+    (tmp_path / "hub" / "vae" / "config.json").write_text(json.dumps(config))
+    assert vae.load_vae(tmp_path / "hub").cfg.latents_mean == (0.5,) * 16
+
+
+def test_saved_vae_knows_its_config(tmp_path):
+    net = vae.WanVAE(vae.CONFIGS["toy"])
+    vae.save_vae(net, tmp_path / "vae.safetensors", step=3)
+    loaded = vae.load_vae(tmp_path)
+    x = torch.rand(1, 3, 5, 16, 24) * 2 - 1
+    assert loaded.cfg == net.cfg
+    close(loaded.encode(x), net.encode(x), 1e-5)
+
+
+def test_vae_refuses_bad_sizes_and_files(tmp_path):
+    net = vae.WanVAE(vae.CONFIGS["toy"])
+    for shape, message in [((1, 3, 4, 16, 16), "1 \\+ 4k frames"), ((1, 4, 5, 16, 16), r"\[B, 3, 1 \+ 4k"),
+                           ((1, 3, 5, 16, 20), "divisible by 8, got 16x20")]:
+        with pytest.raises(ValueError, match=message):
+            net.encode(torch.zeros(shape))
+    z = torch.zeros(1, 16, 4, 2, 2)
+    for start, chunks in (2, 2), (-1, 1), (0, 0):
+        with pytest.raises(ValueError, match=f"start {start}, chunks {chunks} and 4 latents"):
+            net.decode_window(z, start, chunks)
+    with pytest.raises(ValueError, match=r"expected latents \[B, 16, f, h, w\]"):
+        net.decode(z[:, :4])
+    with pytest.raises(ValueError, match="expected a VAE in"):
+        vae.load_vae(tmp_path)
+    save_file({"blocks.0.weight": torch.zeros(2)}, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="expected a Wan VAE in .*vae.safetensors, got keys such as"):
+        vae.load_vae(tmp_path)
+    state = net.state_dict()
+    del state["conv1.bias"], state["decoder.head.2.bias"]
+    save_file(state, tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="missing conv1.bias; missing decoder.head.2.bias"):
+        vae.load_vae(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# raft.py
+
+
+def rule_value(key, shape):
+    """A golden weight: a function of its key and shape only, so that no weights need to be stored."""
+    random = np.random.RandomState(zlib.crc32(key.replace(".0.norm3.", ".0.downsample.1.").encode()))
+    if key.endswith("running_var"):
+        return torch.tensor(0.5 + random.random_sample(shape), dtype=torch.float32)
+    n = random.standard_normal(shape)
+    gain = 0.5 if "flow_head.conv2" in key else 1
+    value = {"num_batches_tracked": 0 * n, "running_mean": 0.1 * n, "bias": 0.05 * n}.get(
+        key.split(".")[-1], 1 + 0.1 * n if len(shape) == 1 else gain * n / max(1, np.prod(shape[1:])) ** 0.5)
+    return torch.tensor(value, dtype=torch.int64 if key.endswith("tracked") else torch.float32)
+
+
+def rule_raft(size):
+    """(RAFT of a size with the goldens' weights, those weights, the goldens)."""
+    shapes = json.loads((GOLDEN / f"manifest_raft_princeton_{size}.json").read_text())
+    state = {key: rule_value(key, shape) for key, shape in shapes.items()}
+    net = RAFT(raft.CONFIGS[size]).requires_grad_(False)
+    net.load_state_dict(state, strict=True)
+    return net, state, load_file(GOLDEN / f"raft_{size}_golden.safetensors")
+
+
+@pytest.mark.parametrize("size, keys, total", [("large", 179, 133329.3225607579), ("small", 106, 28551.48879625985)])
+def test_raft_matches_princeton(size, keys, total):
+    net, state, golden = rule_raft(size)
+    assert len(net.state_dict()) == keys
+    assert abs(sum(v.double().abs().sum().item() for v in state.values()) - total) < 1e-6
+    close = dict(atol=2e-3, rtol=1e-4)
+    frames = golden["frames"].float() / 127.5 - 1
+    fmaps, context = net.fnet(frames), net.cnet(frames[:2])
+    torch.testing.assert_close(fmaps[0, :, :8, :8], golden["fnet_frame0_8x8"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(context[0, :, :8, :8], golden["cnet_frame0_8x8"], atol=1e-4, rtol=1e-4)
+    for i, (flow, hidden) in enumerate(net.refine(fmaps[:2], fmaps[1:], context, 12), 1):
+        if i in (1, 4, 12):
+            torch.testing.assert_close(flow, golden[f"flow_low_it{i}"], **close)
+            torch.testing.assert_close(net.upsample(flow, hidden), golden[f"flow_up_it{i}"], **close)
+    torch.testing.assert_close(net(frames[:2], frames[1:], 4), golden["flow_up_it4"], **close)
+    clip = (golden["unaligned_frames"].float() / 127.5 - 1).transpose(0, 1)[None]
+    for i in (1, 4, 12):
+        torch.testing.assert_close(raft.video_flow(net, clip, i)[:, :, 0], golden[f"unaligned_flow_up_it{i}"], **close)
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_raft_lookup_and_upsampling(size):
+    net, _, golden = rule_raft(size)
+    correlation = raft.Correlation(golden["lookup_fmap1"], golden["lookup_fmap2"], 4, net.cfg.radius)
+    torch.testing.assert_close(correlation(golden["lookup_coords"]), golden["lookup_out"], atol=1e-5, rtol=1e-5)
+    if size == "large":
+        out = raft.convex_upsample(golden["up_flow_in"], golden["up_mask_in"], 8)
+    else:
+        out = net.upsample(golden["up_flow_in"], None)
+    torch.testing.assert_close(out, golden["up_flow_out"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_raft_image_gradient(size):
+    net, _, golden = rule_raft(size)
+    frames = [(f[None].double() / 127.5 - 1).requires_grad_() for f in golden["frames"][:2]]
+    grads = torch.autograd.grad(net.double()(*frames, 4).square().mean(), frames)
+    for grad, want in zip(grads, (golden["grad_it4_frame0"], golden["grad_it4_frame1"])):
+        assert (grad[0] / 127.5 - want).norm() / want.norm() < 1e-5
+
+
+def test_video_flow_equals_pair_by_pair():
+    torch.manual_seed(0)
+    net = RAFT(raft.CONFIGS["toy"]).requires_grad_(False)
+    x = torch.randn(2, 3, 4, 30, 41, requires_grad=True)
+    pairs = []
+    for t in range(3):
+        (first, (left, _, top, _)), (second, _) = (raft.pad_to_cells(x[:, :, i], 4) for i in (t, t + 1))
+        pairs.append(net(first, second, 3)[:, :, top : top + 30, left : left + 41])
+    plain = torch.stack(pairs, dim=2)
+    weight = torch.randn_like(plain)
+    want = torch.autograd.grad((weight * plain).sum(), x)[0]
+    for group in (1, 4, 100):
+        flow = raft.video_flow(net, x, iters=3, group=group)
+        torch.testing.assert_close(flow, plain, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad((weight * flow).sum(), x)[0], want, atol=1e-4, rtol=1e-3)
+    assert want.abs().amax(dim=(0, 1, 3, 4)).min() > 0  # every frame has a share in the flow
+    assert raft.pad_to_cells(x[:, :, 0], 4)[1] == (1, 2, 1, 1)  # 30x41: the odd pixel goes right
+    half = x.detach().bfloat16()
+    torch.testing.assert_close(raft.video_flow(net, half, 3), raft.video_flow(net, half.float(), 3), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["large", "small"])
+def test_load_raft_reads_every_layout(size, tmp_path):
+    net, state, golden = rule_raft(size)
+    names = json.loads((GOLDEN / f"keymap_raft_princeton_to_torchvision_{size}.json").read_text())
+    torchvision = {names[key]: value for key, value in state.items() if key in names}
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "princeton.pth")
+    torch.save(torchvision, tmp_path / "torchvision.pth")
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "princeton.safetensors")
+    save_file({key: value.clone() for key, value in torchvision.items()}, tmp_path / "torchvision.safetensors")
+    raft.save_raft(net, tmp_path / "ours.safetensors", step=3)
+    assert len(torchvision) == {"large": 169, "small": 106}[size]
+    for file in sorted(tmp_path.iterdir()):
+        loaded = raft.load_raft(file)
+        assert loaded.cfg == net.cfg and not any(p.requires_grad for p in loaded.parameters())
+        for key, value in loaded.state_dict().items():
+            assert torch.equal(value, state[key]), (file.name, key)
+
+
+def test_save_raft_keeps_a_config_of_its_own(tmp_path):
+    cfg = raft.RAFTConfig(**{**vars(raft.CONFIGS["toy"]), "hidden": 40, "levels": 3, "gru_kernels": ((1, 5), (5, 1))})
+    net = RAFT(cfg)
+    raft.save_raft(net, tmp_path / "raft.safetensors", torch.float16, recipe="none")
+    loaded = raft.load_raft(tmp_path / "raft.safetensors")
+    assert loaded.cfg == cfg and loaded.fnet.conv1.weight.dtype == torch.float32
+    frames = torch.randn(2, 1, 3, 64, 64)
+    torch.testing.assert_close(loaded(*frames, 2), net(*frames, 2), atol=2e-2, rtol=2e-2)
+
+
+def test_raft_says_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match=r"needs H, W >= 128, got 64x256"):
+        raft.video_flow(RAFT(raft.CONFIGS["small"]), torch.zeros(1, 3, 2, 64, 256))
+    toy = RAFT(raft.CONFIGS["toy"])
+    assert raft.video_flow(toy, torch.randn(1, 3, 2, 16, 17), 1).isfinite().all()  # the smallest that works
+    with pytest.raises(ValueError, match="at least 2 frames, got 1"):
+        raft.video_flow(toy, torch.zeros(1, 3, 1, 64, 64))
+    with pytest.raises(ValueError, match="divisible by 4, got 64x66"):
+        toy(torch.zeros(1, 3, 64, 66), torch.zeros(1, 3, 64, 66))
+    save_file({"blocks.0.weight": torch.zeros(1)}, tmp_path / "dit.safetensors")
+    with pytest.raises(ValueError, match="expected RAFT weights"):
+        raft.load_raft(tmp_path / "dit.safetensors")
+    torch.save({k: v for k, v in toy.state_dict().items() if k != "fnet.conv2.bias"}, tmp_path / "cut.pth")
+    with pytest.raises(ValueError, match="missing fnet.conv2.bias"):
+        raft.load_raft(tmp_path / "cut.pth")
+
+
+def test_raft_stays_in_eval_mode_and_can_be_trained():
+    net = RAFT(raft.CONFIGS["large"])
+    torch.nn.Sequential(net).train()
+    assert not any(module.training for module in net.modules())
+    toy = RAFT(raft.CONFIGS["toy"])
+    first, second = torch.randn(2, 1, 3, 32, 32)
+    fmap1, fmap2 = toy.fnet(first), toy.fnet(second)
+    steps = toy.refine(fmap1, fmap2, toy.cnet(first), 3)
+    flows = torch.stack([toy.upsample(flow, hidden) for flow, hidden in steps])
+    torch.testing.assert_close(flows[-1], toy(first, second, 3))
+    flows.abs().mean().backward()
+    assert flows.shape == (3, 1, 2, 32, 32) and all(p.grad is not None for p in toy.parameters())
+
+
+def test_flow_pictures():
+    right, down, left, up, still = [2.0, 0], [0, 2.0], [-2.0, 0], [0, -2.0], [0, 0]
+    hue = raft.flow_to_color(torch.tensor([right, down, left, up, still]).T[..., None, None], scale=2)[..., 0, 0].T
+    assert hue[0].tolist() == [1, -1, -1] and hue[4].tolist() == [1, 1, 1]
+    assert hue[1][:2].min() > 0.7 and hue[1][2] == -1 and hue[2][0] == -1 and hue[3][2] == 1
+    batch = torch.randn(2, 2, 3, 8, 9)
+    assert torch.equal(raft.flow_to_color(batch, 1.5)[1], raft.flow_to_color(batch[1], 1.5))
+    flow = torch.zeros(2, 2, 64, 64)
+    flow[0, 1] = 3.0
+    picture = raft.clip_beside_flow(torch.zeros(3, 3, 64, 64), flow)
+    assert picture.shape == (3, 3, 256, 512) and picture.abs().max() <= 1
+    assert picture[:, 0, 0, -1].tolist() == [1, 1, 1] and picture[:, 1:, 0, -1].T.tolist() == 2 * [[1, -1, -1]]
+    assert (picture[:, 1, 150:, 400:] == -1).all(dim=0).any()  # the legend's digits
+    assert not torch.equal(raft.flow_legend(3.0, 64), raft.flow_legend(4.5, 64))
+    with pytest.raises(ValueError, match="expected a flow"):
+        raft.clip_beside_flow(torch.zeros(3, 3, 64, 64), flow[:, :1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def moving_clip(T=17, H=64, W=96):
+    """A smooth picture that moves and brightens, [3, T, H, W]; its frames are told apart by their mean."""
+    t, y, x = torch.meshgrid(torch.arange(T) / T, torch.arange(H) / H, torch.arange(W) / W, indexing="ij")
+    return torch.stack([(6 * (x + t)).sin(), (5 * y - 3 * t).cos(), 1.6 * t - 0.8 + 0 * x]).mul(0.8)
+
+
+def write_raw(path, times, codec="libx264", format="mp4", rate=30, size=(48, 64)):
+    """Frame k has the grey level 5 k and is shown at times[k] / 1000 seconds."""
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, rate if format == "avi" else 1000)
+        for k, ms in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 5 * k, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = ms, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def levels(x):
+    """Which frames of a write_raw file a clip shows."""
+    return x.mean((0, 2, 3)).add(1).mul(127.5 / 5).round().int().tolist()
+
+
+def test_unipc_equals_wan():
+    g = load_file(GOLDEN / "unipc.safetensors")
+    for shift, steps in [(s, n) for s in (3, 5, 8) for n in (4, 10, 50)]:
+        name, seen, sigmas = f"unipc.shift{shift}.n{steps}", [], unipc_sigmas(steps, shift)
+        assert (torch.tensor(sigmas) - g[f"{name}.sigmas"]).abs().max() < 5e-8
+        assert [int(1000 * s) for s in sigmas[:-1]] == g[f"{name}.timesteps"].tolist()
+        for dtype, key, limit in (torch.float64, "x0_f64", 1e-10), (torch.float32, "x0_f32", 1e-5):
+            def velocity(z, sigma):
+                seen.append(z)
+                return 0.8 * z + 0.6 * torch.sin(3.0 * sigma + g["phase"].to(dtype))
+            seen.clear()
+            seen.append(unipc(velocity, g["x1"].to(dtype), steps, shift))
+            assert (seen[-1] - g[f"{name}.{key}"]).abs().max() < limit
+            if f"{name}.traj_f64" in g:
+                assert (torch.stack(seen[1:]) - g[f"{name}.traj_f64"]).abs().max() < limit
+
+
+def test_video_round_trip(tmp_path):
+    x = moving_clip()
+    write_video(tmp_path / "a" / "x.mp4", x, 16, comment="made by a test")
+    y, fps = read_video(tmp_path / "a" / "x.mp4")
+    assert y.shape == x.shape and fps == 16
+    assert video_info(tmp_path / "a" / "x.mp4") == pytest.approx((17 / 16, 16, 64, 96), 1e-3)
+    assert 10 * torch.log10(4 / (x - y).square().mean()) > 38
+    assert (x - y).mean((1, 2, 3)).abs().max() < 0.02  # no channel swapped, no range or matrix mistaken
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.mp4"]  # nothing is left aside
+    with av.open(str(tmp_path / "a" / "x.mp4")) as file:
+        assert file.metadata["comment"] == "made by a test"
+        codec = file.streams.video[0].codec_context
+        assert codec.name == "h264" and codec.pix_fmt == "yuv420p"
+    write_video(tmp_path / "film.mp4", x, 23.976)
+    assert video_info(tmp_path / "film.mp4")[1] == pytest.approx(23.976, abs=1e-3)
+    with pytest.raises(ValueError, match="even H and W"):
+        write_video(tmp_path / "odd.mp4", x[:, :, :63], 16)
+
+
+def test_video_is_resampled_by_time_stamps(tmp_path):
+    write_raw(tmp_path / "30.mp4", [round(1000 * k / 30) for k in range(50)])
+    x, fps = read_video(tmp_path / "30.mp4", 17, fps=16)
+    assert fps == pytest.approx(30, abs=0.1) and levels(x) == [30 * k // 16 for k in range(17)]
+    times = [0, 40, 80, 300, 340, 700, 705, 710, 1300, 1340]  # variable; Matroska keeps milliseconds
+    write_raw(tmp_path / "variable.mkv", times, format="matroska")
+    want = [max(i for i, ms in enumerate(times) if ms <= 62.5 * k + 2) for k in range(20)]
+    assert levels(read_video(tmp_path / "variable.mkv", 20, fps=16)[0]) == want
+    write_raw(tmp_path / "16.mkv", [round(62.5 * k) for k in range(40)], format="matroska", rate=16)
+    assert levels(read_video(tmp_path / "16.mkv", 40, fps=16)[0]) == list(range(40))  # rounded times drop no frame
+    write_raw(tmp_path / "16.avi", [round(62.5 * k) for k in range(40)], format="avi", rate=16)
+    assert levels(read_video(tmp_path / "16.avi", 40, fps=16)[0]) == list(range(40))  # its times are in coding order
+
+
+def test_video_place_and_size(tmp_path):
+    write_raw(tmp_path / "long.mp4", [50 * k for k in range(50)], rate=20)
+    for place, first in (0, 0), (0.5, 20), (1, 40):
+        assert levels(read_video(tmp_path / "long.mp4", 10, fps=20, place=place)[0]) == list(range(first, first + 10))
+    assert levels(torch.stack(list(read_frames(tmp_path / "long.mp4", start=2.4)), 1) / 127.5 - 1) == [48, 49]
+    x = moving_clip(T=2, H=96, W=64)
+    write_video(tmp_path / "tall.mp4", x, 16)
+    y = read_video(tmp_path / "tall.mp4", size=(32, 32))[0]
+    want = torch.nn.functional.interpolate(x[:, 0][None], (48, 32), mode="area")[0, :, 8:40]
+    assert y.shape == (3, 2, 32, 32) and (y[:, 0] - want).abs().mean() < 0.03
+    data = bytearray((tmp_path / "tall.mp4").read_bytes())
+    at = data.index(b"tkhd") + 44  # the matrix of the track header: a quarter turn clockwise, as telephones write it
+    data[at:at + 20] = np.array([0, 1 << 16, 0, -(1 << 16), 0], ">i4").tobytes()
+    (tmp_path / "turned.mp4").write_bytes(data)
+    y = read_video(tmp_path / "turned.mp4")[0]
+    assert y.shape == (3, 2, 64, 96) and (y - x.rot90(-1, (2, 3))).abs().mean() < 0.05
+    assert video_info(tmp_path / "turned.mp4")[2:] == (64, 96)
+
+
+def test_bad_videos_are_refused_by_name(tmp_path):
+    noise = torch.rand(3, 40, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    write_video(tmp_path / "good.mp4", noise, 16)
+    write_raw(tmp_path / "three.mp4", [0, 62, 125], rate=16)
+    data = (tmp_path / "good.mp4").read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 100)
+    (tmp_path / "headless.mp4").write_bytes(data[len(data) // 4:])
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+    half = len(data) // 2
+    flipped = bytes(255 - b for b in data[half: half + 1000])
+    (tmp_path / "damaged.mp4").write_bytes(data[:half] + flipped + data[half + 1000:])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as file:
+        sound = file.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        file.mux(sound.encode(frame) + sound.encode())
+    why = {"empty": "empty", "text": "no video", "headless": "no video", "cut": "cut short",
+           "damaged": "the frame at 1.* is damaged", "sound": "no video stream",
+           "three": "has 3 frames at 16 fps, 37 needed", "missing": "No such file"}
+    for name, reason in why.items():
+        with pytest.raises(ValueError, match=reason) as error:
+            read_video(tmp_path / f"{name}.mp4", 37, fps=16)
+        assert f"{name}.mp4" in str(error.value) and "\n" not in str(error.value)
+    assert read_video(tmp_path / "cut.mp4", 5, fps=16)[0].shape == (3, 5, 64, 96)  # the damage is outside the clip
+    write_raw(tmp_path / "whole.mkv", [62 * k for k in range(40)], format="matroska", rate=16, size=(256, 256))
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])  # ends without an error
+    with pytest.raises(ValueError, match="cut short"):
+        read_video(tmp_path / "cut.mkv")
+
+
+def test_video_files_are_listed(tmp_path):
+    for name in "b.MP4", "a/c.webm", "a/d.avi", "e.txt", "b.flow.mp4", ".x.part":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in video_files(tmp_path)] == ["c.webm", "d.avi", "b.MP4"]
+    with pytest.raises(ValueError, match="found none"):
+        video_files(tmp_path / "nowhere")
+
+
+def run_sample(*flags):
+    """The status of sample.py on small videos of the toy preset's base model, whatever lies in runs/."""
+    size = "--frames", 5, "--height", 32, "--width", 48
+    return sample.main([str(f) for f in ("--preset", "toy", "--generator", WEIGHTS["toy"], *size, *flags)])
+
+
+def test_sample_writes_the_same_video_at_any_batch_size(tmp_path):
+    two = "--prompt", "a red circle", "--prompt", "a blue square", "--num_videos", 2, "--cache", tmp_path / "cache"
+    assert run_sample(*two, "--out_dir", tmp_path / "a", "--batch_size", 4, "--steps", 2) == 0
+    assert run_sample(*two, "--out_dir", tmp_path / "b", "--batch_size", 3, "--steps", 2) == 0
+    assert run_sample(*two[2:4], "--seed", 100001, "--out", tmp_path / "c.mp4", "--steps", 2, *two[-2:]) == 0
+    names = [f"a {thing}-{i}.mp4" for thing in ("blue square", "red circle") for i in range(2)]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
+    clips = [read_video(tmp_path / "a" / name)[0] for name in names]
+    for name, x in zip(names, clips):
+        y, fps = read_video(tmp_path / "b" / name)
+        assert fps == 16 and x.shape == (3, 5, 32, 48) and (x - y).abs().mean() < 0.5 / 255
+    alone = read_video(tmp_path / "c.mp4")[0]  # VBench's rule: seed + 100000 prompt + video
+    assert (alone - clips[1]).abs().mean() < 0.5 / 255 < (alone - clips[0]).abs().mean()
+    assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
+
+
+def test_sample_goes_on_where_it_was_stopped(tmp_path, capsys):
+    flags = "--prompt", "a red circle", "--num_videos", 3, "--out_dir", tmp_path, "--cache", tmp_path / "cache"
+    flags += "--steps", 5, "--batch_size", 1  # five steps: the teacher
+    assert run_sample(*flags) == 0
+    files = sorted(tmp_path.glob("*.mp4"))
+    before = [p.read_bytes() for p in files]
+    files[1].unlink()
+    capsys.readouterr()
+    assert run_sample(*flags) == 0 and capsys.readouterr().out.count("wrote") == 1
+    assert [p.read_bytes() for p in files] == before  # the same command, the same bytes
+    assert run_sample(*flags, "--guidance", 2) == 2 and "made with other settings" in capsys.readouterr().err
+
+
+def test_sample_refuses_in_one_line(tmp_path, capsys):
+    (tmp_path / "none.txt").write_text("# nothing\n\n")
+    wan = f"--preset wan1.3b --prompt x --weights {tmp_path}/w --generator {tmp_path}/w"
+    bad = {"--frames 16": "try 17", "--height 40": "divisible by 16", "--step 3": "unrecognized",
+           "--preset huge": "'toy', 'wan1.3b'", "--prompts nowhere.txt": "nowhere.txt",
+           f"--prompts {tmp_path}/none.txt": "got none", "--fps 0": "above 0", "--out a.gif": "one .mp4",
+           "--prompt a/b --num_videos 2": "cannot name a file", f"--prompt {'x' * 300} --num_videos 2": "250 bytes",
+           "--out a.mp4 --num_videos 2": "--out_dir", "--seed x": "--seed",
+           wan: "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir"}
+    for flags, reason in bad.items():
+        assert run_sample(*flags.split()) == 2
+        err = capsys.readouterr().err
+        assert reason in err and err.count("\n") == 1 and err.startswith("sample.py: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def tiny_weights(folder):
+    """A complete random preset of about 0.5 M parameters in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    cfg = DiTConfig(dim=32, heads=2, ffn_dim=64, layers=4, in_dim=4, freq_dim=16, text_dim=16, text_len=8)
+    save_dit(WanDiT(cfg), folder / "teacher.safetensors")
+    vae.save_vae(vae.WanVAE(vae.VAEConfig(4, 4, (0.0,) * 4, (1.0,) * 4, res_blocks=1)), folder / "vae.safetensors")
+    raft.save_raft(raft.RAFT(raft.CONFIGS["toy"]), folder / "raft.safetensors")
+    tiny_text_encoder(folder)
+    return folder
+
+
+SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminator_warmup 0 --batch 2 --discriminator_batch 3 --micro_batch 2 "
+         "--frames 9 --window 1 --raft_iters 2 --samples 0 --workers 0").split()
+
+
+def run(weights, out, *flags):
+    """train.py in this process; returns its log."""
+    train.main([*SHORT, "--weights", str(weights), "--out", str(out), *flags])
+    return read_log(out)
+
+
+def read_log(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def killed(ranks, weights, out, flags, after):
+    """Run train.py on as many processes, SIGKILL them once cycle `after` is logged; returns their exit codes."""
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    command = [sys.executable, train.__file__, *SHORT, "--weights", weights, "--out", out, *flags]
+    env = dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(env, RANK=str(i), LOCAL_RANK=str(i))) for i in range(ranks)]
+    log = out / "log.jsonl"
+    while processes[0].poll() is None and not (log.exists() and f'"step": {after},' in log.read_text()):
+        time.sleep(0.02)
+    [process.kill() for process in processes]
+    return [process.wait() for process in processes]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: the losses
+
+
+def test_dmd_loss_gradient_is_the_score_difference():
+    z0, real, fake = (torch.randn(2, 3, 1, 2, 2, dtype=torch.float64) for _ in range(3))
+    train.dmd_loss(z0.requires_grad_(), real, fake).sum().backward()
+    norm = (z0.detach() - real).abs().mean((1, 2, 3, 4), keepdim=True)
+    assert (z0.grad - (fake - real) / norm / z0[0].numel()).abs().max() < 1e-12
+    assert ((z0 - z0.grad - real).abs().sum() < (z0 - real).abs().sum()) == (((fake - real) * (z0 - real)).sum() > 0)
+
+
+def test_gan_losses_by_hand():
+    real, gen = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])
+    g = lambda x: math.log(1 + math.exp(x))
+    assert train.gan_d_loss(real, gen).tolist() == pytest.approx([g(0) + g(1), g(-2) + g(-1)])
+    assert train.gan_g_loss(gen).tolist() == pytest.approx([g(-1), g(1)])
+    assert train.fake_loss(torch.full((1, 1, 1, 1, 2), 3.0), torch.ones(1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 2)).item() == 4
+    assert train.r_loss(real, real, 0.1, "printed").abs().max() == 0
+    assert train.r_loss(real, gen, 0.1, "printed").tolist() == pytest.approx([1.0, 9.0])
+    assert train.r_loss(real, gen, 0.1, "divided").tolist() == pytest.approx([100.0, 900.0])
+
+
+def test_r_divided_estimates_the_squared_gradient():
+    torch.manual_seed(0)
+    w, x, sigma = torch.randn(50), torch.randn(50), 0.01
+    noise = sigma * torch.randn(4000, 50)
+    r = train.r_loss((w * x).sum().expand(4000), ((x + noise) * w).sum(1), sigma, "divided").mean()
+    assert r.item() == pytest.approx(w.square().sum().item(), rel=0.1)
+
+
+def test_shares_cover_the_batch_on_any_number_of_ranks(monkeypatch):
+    cfg = train.Config(batch=5, discriminator_batch=12, micro_batch=2)
+    for world in 1, 2, 3, 16:
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        for make, batch in (lambda: train.shares(5, 2), 5), (lambda: train.discriminator_shares(cfg), 12):
+            weights, turns = {}, set()
+            for rank in range(world):
+                monkeypatch.setenv("RANK", str(rank))
+                turns.add(tuple(len(index) for index, _ in make()))
+                weights.update({i: w for index, ws in make() for i, w in zip(index, ws.tolist()) if w})
+            assert len(turns) == 1  # as many collectives on every rank
+            assert sorted(weights) == list(range(batch)) and sum(weights.values()) == pytest.approx(world, rel=1e-5)
+
+
+def test_frozen_sharded_net_collects_no_gradient(tmp_path):
+    _, mesh = train.setup()
+    net = MotionDiscriminator(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8), 2, (0, 1))
+    train.shard(net, net.trunk.blocks, mesh, None)
+    context, o = torch.zeros(1, 8, 16), torch.randn(1, 4, 2, 4, 4, requires_grad=True)
+    with torch.no_grad():
+        net(o, torch.zeros(1), context)  # leaves the root gathered, with gradients on
+    train.trainable(net, False)
+    net(o, torch.zeros(1), context).sum().backward()
+    assert o.grad.abs().max() > 0 and all(p.grad is None for p in net.parameters())
+    train.trainable(net, True)
+    net(o, torch.zeros(1), context).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py: whole runs
+
+
+def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
+    weights = tiny_weights(tmp_path / "weights")
+    flags = "--warmup_steps 1 --discriminator_warmup 1 --steps 3 --save_every 2 --ema 0.9 --discriminator_batch 2 --fake_steps 1".split()
+    straight = run(weights, tmp_path / "straight", *flags)
+    assert [row["phase"] for row in straight] == ["dmd_warmup", "discriminator_warmup", *["mogan"] * 3]
+    assert killed(1, weights, tmp_path / "one", flags, after=2) == [-signal.SIGKILL]
+    assert killed(2, weights, tmp_path / "two", flags, after=3) == [-signal.SIGKILL] * 2
+    assert not (tmp_path / "one" / "generator.safetensors").exists() and (tmp_path / "one" / "checkpoint-000002").exists()
+    two = read_log(tmp_path / "two")  # two processes, the same global batch
+    assert run(weights, tmp_path / "one", *flags) == straight  # to the last bit
+    resumed = run(weights, tmp_path / "two", *flags)  # saved by two ranks, resumed by one
+    for row, want in [*zip(two, straight), *zip(resumed, straight)]:
+        assert row.pop("phase") == want["phase"] and row == pytest.approx({key: want[key] for key in row}, rel=2e-3, abs=1e-5)
+        assert all(row[key] == pytest.approx(want[key], rel=1e-5) for key in ("dmd", "fake", "gan_g", "gan_d") if key in row)
+    for name in "generator.safetensors", "generator_ema.safetensors":
+        files = [load_file(tmp_path / place / name) for place in ("straight", "one", "two")]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+        assert max((files[0][key] - files[2][key]).abs().max() for key in files[0]) < 1e-5
+    assert sorted(p.name for p in (tmp_path / "one").glob("checkpoint*")) == ["checkpoint-000004", "checkpoint-000005"]
+
+
+def test_bf16_and_both_orders(tmp_path):
+    weights = tiny_weights(tmp_path / "weights")
+    for order in "appendix", "algorithm":
+        rows = {dtype: run(weights, tmp_path / f"{order}-{dtype}", "--dtype", dtype, "--order", order)[0] for dtype in ("fp32", "bf16")}
+        for key in "dmd", "fake", "gan_g", "gan_d":
+            assert rows["bf16"][key] == pytest.approx(rows["fp32"][key], rel=0.05) and rows["bf16"][key] != rows["fp32"][key]
+    assert rows["fp32"]["gan_g"] != read_log(tmp_path / "appendix-fp32")[0]["gan_g"]  # the order is a different one
+
+
+def test_ablations_and_open_choices(tmp_path):
+    weights = tiny_weights(tmp_path / "weights")
+    full = run(weights, tmp_path / "full")[0]
+    assert {"dmd", "fake", "gan_g", "gan_d", "r1", "r2", "norm_dmd", "norm_gan"} <= full.keys()
+    no_dmd = run(weights, tmp_path / "no_dmd", "--no_dmd")[0]
+    assert not {"dmd", "fake"} & no_dmd.keys() and "gan_g" in no_dmd
+    no_r = run(weights, tmp_path / "no_r", "--no_r", "--t_star", "random", "--window_start", "first")[0]
+    assert not {"r1", "r2"} & no_r.keys() and no_r["gan_d"] > 0
+    latent = run(weights, tmp_path / "latent", "--latent_gan")[0]
+    assert latent["logit_gen"] != full["logit_gen"] and latent["dmd"] == full["dmd"]
+    pixel = run(weights, tmp_path / "pixel", "--r_space", "pixel", "--r_form", "printed", "--real_roundtrip")[0]
+    assert 0 < pixel["r1"] < full["r1"] and pixel["logit_gen"] == full["logit_gen"] and pixel["logit_real"] != full["logit_real"]
+
+
+def test_real_videos_to_a_trained_checkpoint_to_a_video(tmp_path, capsys):
+    weights, videos = tiny_weights(tmp_path / "weights"), tmp_path / "videos" / "deep"
+    for i, (T, H, W) in enumerate([(30, 64, 96), (40, 97, 51), (3, 64, 64)]):
+        write_raw_size = moving_clip(T, H + H % 2, W + W % 2)
+        write_video(videos / f"{i}.mp4", write_raw_size, 24)
+    whole = (videos / "0.mp4").read_bytes()
+    (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (videos / "text.mp4").write_text("hello")
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n# a comment\na circle moving right\n")
+    flags = ["--videos", str(videos.parent), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "3", "--samples", "1", "--workers", "1"]
+    rows = run(weights, tmp_path / "run", *flags)
+    printed = capsys.readouterr().out
+    assert len([row for row in rows if row["phase"] == "mogan"]) == 3
+    skipped = [line for line in printed.splitlines() if "skipped" in line]
+    assert len(skipped) == len(set(skipped)) and all("text.mp4" in s or "cut.mp4" in s or "2.mp4" in s for s in skipped) and skipped
+    assert read_video(tmp_path / "run" / "samples" / "step-000003-0.mp4")[0].shape[1] == 9  # clip and flow
+    sample.main(["--preset", "toy", "--weights", str(weights), "--generator", str(tmp_path / "run" / "generator.safetensors"), "--cache",
+                 str(tmp_path / "cache"), "--prompt", "a red circle", "--frames", "9", "--height", "32", "--width", "32", "--out", str(tmp_path / "x.mp4")])
+    assert read_video(tmp_path / "x.mp4")[0].shape == (3, 9, 32, 32)
+
+
+def test_non_finite_updates_are_left_out_and_end_the_run(tmp_path, capsys):
+    weights = tiny_weights(tmp_path / "weights")
+    state, meta = model.read_state_dict(weights / "teacher.safetensors")
+    save_file({**state, "head.head.bias": state["head.head.bias"] * math.nan}, tmp_path / "nan.safetensors", metadata=meta)
+    with pytest.raises(SystemExit):
+        run(weights, tmp_path / "run", "--generator", str(tmp_path / "nan.safetensors"), "--warmup_steps", "9")
+    assert "five updates of fake_score in a row were not finite" in capsys.readouterr().err
+
+
+def test_bad_training_input_is_one_line(tmp_path, capsys):
+    weights, prompts, empty = tiny_weights(tmp_path / "weights"), tmp_path / "prompts.txt", tmp_path / "empty"
+    prompts.write_text("# nothing\n")
+    empty.mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.mp4").write_text("text")
+    save_dit(WanDiT(TINY), tmp_path / "other.safetensors")
+    cases = {"--step 3": "unrecognized arguments: --step", "--preset wan": "expected --preset auto, wan1.3b", "--batch x": "invalid int value",
+             "--frames 10": "1 \\+ 4k .*got 10: try 9", "--height 40": "divisible by 16, got 40 x", "--height 128": "toy world's real clips, got 128", "--window 9": "--window 1 to 2",
+             "--discriminator_batch 9": "at most batch \\* fake_steps = 4", "--order x": "appendix or algorithm, got x",
+             f"--videos {empty}": "expected videos .* found none", f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
+             f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "none.txt: no such file",
+             f"--weights {empty}": "none of diffusion_pytorch_model", f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}
+    for flags, message in cases.items():
+        with pytest.raises(SystemExit) as stop:
+            run(weights, tmp_path / "run", *flags.split())
+        assert stop.value.code == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("train.py: ") and re.search(message, last), (flags, last)
+    assert not (tmp_path / "run").exists()  # nothing was begun, so nothing is lost
+
+
+def test_dry_run(capsys):
+    train.main(["--preset", "wan1.3b", "--dry_run"])
+    printed = capsys.readouterr().out
+    assert '"discriminator_batch": 64' in printed and "1419.0 M parameters" in printed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# toy/
+
+
+def test_world_is_a_function_of_its_seed():
+    together, alone = world.clips([3, 4, 5]), world.clip(4)
+    assert torch.equal(together.pixels[1], alone.pixels[0]) and together.prompts[1] == alone.prompts[0]
+    assert together.pixels.shape == (3, 3, 17, 64, 64) and together.flow.shape == (3, 2, 16, 64, 64)
+    assert not torch.equal(together.pixels[0], together.pixels[1])
+    assert together.pixels.min() >= -1 and together.pixels.max() <= 1
+    assert world.clips([7], motion_rich=True).velocity.norm() >= world.FAST[0]
+
+
+def test_exact_flow_moves_each_frame_onto_the_next():
+    truth = world.clips(list(range(8)), motion_rich=True)
+    axis = torch.arange(64.)
+    for t in (0, 9):
+        x, y = axis + truth.flow[:, 0, t], axis[:, None] + truth.flow[:, 1, t]
+        grid = torch.stack([x, y], 3) / 31.5 - 1                                    # where each pixel goes, [-1, 1]
+        landed = F.grid_sample(truth.pixels[:, :, t + 1], grid, align_corners=True)
+        core = truth.coverage[:, t] > .99
+        moved, still = ((img - truth.pixels[:, :, t]).abs().mean(1)[core].mean() for img in (landed, truth.pixels[:, :, t + 1]))
+        assert moved < .02 and moved < .3 * still
+    assert torch.allclose(truth.position.diff(dim=1), truth.velocity[:, None].expand(-1, 16, -1), atol=1e-4)
+
+
+def test_tracker_reads_the_rendered_state():
+    truth = world.clips(list(range(100, 164)))
+    seen, (colour, shape, direction, _) = world.track(truth.pixels), truth.attributes.T
+    assert (seen["colour"] == colour).all() and (seen["shape"] == shape).all() and seen["one_blob"].all()
+    assert (seen["position"] - truth.position).norm(dim=2).mean() < .3 and seen["iou"].mean() > .97
+    assert (seen["velocity"] - truth.velocity).norm(dim=1).max() < .1 and seen["jitter"].mean() < .4
+    assert (seen["direction"] == direction)[truth.velocity.norm(dim=1) > .3].all()
+
+
+def test_tracker_notices_what_is_wrong():
+    truth = world.clips(list(range(12)), motion_rich=True)
+    shaken = truth.pixels.clone()
+    shaken[:, :, 1::2] = shaken[:, :, 1::2].roll(2, dims=4)
+    assert world.track(shaken)["jitter"].mean() > 5 * world.track(truth.pixels)["jitter"].mean()
+    twice = torch.where(truth.coverage[:, None].roll((20, 20), (3, 4)) > .5, truth.pixels.roll((20, 20), (3, 4)), truth.pixels)
+    assert (world.track(twice)["blobs"] >= 2).float().mean() > .7
+    room = world.track(truth.pixels[..., :1, :1].expand_as(truth.pixels))
+    assert not room["one_blob"].any()
+    backwards = world.score(truth.pixels.flip(2), truth.prompts)
+    assert backwards["direction"] == 0 and world.score(truth.pixels, truth.prompts)["direction"] == 1
+
+
+def test_prompts_and_their_attributes():
+    assert len(set(world.PROMPTS)) == 216 and [world.prompt(*world.attributes(p)) for p in world.PROMPTS] == world.PROMPTS
+    assert world.held_out() == world.held_out() and len(set(world.held_out())) == 200
+    with pytest.raises(ValueError, match="purple"):
+        world.attributes("a purple circle moving left")
+
+
+def test_shipped_vae_carries_clips():
+    vae, truth = load_vae(WEIGHTS["toy"] / "vae.safetensors"), world.clips(list(range(900, 906)))
+    with torch.no_grad():
+        y = vae.decode(vae.encode(truth.pixels, 4), 4)
+    error, inside = (y.clamp(-1, 1) - truth.pixels).square().mean(1) / 4, truth.coverage > .5
+    assert -10 * error.mean().log10() > 29 and -10 * error[inside].mean().log10() > 21
+
+
+def test_shipped_raft_sees_the_exact_flow():
+    raft, truth = load_raft(WEIGHTS["toy"] / "raft.safetensors"), world.clips(list(range(910, 922)), motion_rich=True)
+    with torch.no_grad():
+        flow = raft(truth.pixels[:, :, 4], truth.pixels[:, :, 5], 4)
+    error = (flow - truth.flow[:, :, 4]).norm(dim=1)
+    assert error[truth.coverage[:, 4] > .5].mean() < .3 and error.mean() < .1
+
+
+def test_shipped_text_encoder_tells_prompts_apart():
+    context = load_text_encoder(WEIGHTS["toy"])(world.PROMPTS).flatten(1)
+    distance = torch.cdist(context, context) + 1e3 * torch.eye(len(context))
+    assert distance.min() > .5
+
+
+def test_shipped_weights_are_small():
+    assert sum(p.stat().st_size for p in Path(WEIGHTS["toy"]).glob("*.safetensors")) < 12e6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+FIELDS = {"gauss_30x52": lambda: np.random.RandomState(11).standard_normal((2, 30, 52)) * 5,
+          "affine_48x80": lambda: np.stack([0.25 * np.arange(80)[None].repeat(48, 0) - 10, 0.5 * np.arange(48)[:, None].repeat(80, 1) - 12]),
+          "patch_33x47": lambda: patch(30, 40, 5, 12), "smallpatch_33x47": lambda: patch(3, -4, 5, 8)}
+
+
+def patch(u, v, top, bottom):
+    flow = np.zeros((2, 33, 47))
+    flow[:, top:bottom, 8:20] = np.array([u, v])[:, None, None]
+    return flow
+
+
+def golden_value(key, shape, scale):
+    """A golden weight from its key and shape only; `scale` is (mean, spread) of the 1-D ones: norm scales or PReLU slopes."""
+    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+    gain = 0.1 if key.startswith(("decoder1.convblock.2.", "comb_block.2.")) else 0.5 if "flow_head.conv2" in key else 1
+    value = gain * n / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else scale[0] + scale[1] * n
+    value = 0.05 * n if key.endswith("bias") else 0.5 * n if key.endswith(("_emb", "cls")) else value
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def golden_net(net, manifest, total, scale=(1, 0.1)):
+    """The net with the golden weights of a manifest, checked against their absolute sum."""
+    state = {key: golden_value(key, shape, scale) for key, shape in json.loads((GOLDEN / manifest).read_text()).items()}
+    assert abs(sum(value.double().abs().sum().item() for value in state.values()) - total) < 1e-3
+    net.load_state_dict(state, strict=True)
+    return net.eval().requires_grad_(False)
+
+
+def row(prompt, index=0, **values):
+    return {"video": f"{prompt}-{index}.mp4", "prompt": prompt, "index": index, "scores": values, "skipped": {},
+            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "bytes": 1, "mtime": 1, "path": Path(f"{prompt}-{index}.mp4")}
+
+
+def answers(name, **chosen):
+    """An answer file: per question a string of a, b, t, one letter a pair."""
+    full = {"a": "a", "b": "b", "t": "tie"}
+    each = [dict(prompt="p", index=i, **{q: full[chosen[q][i]] for q in chosen}) for i in range(len(chosen["motion"]))]
+    return {"survey": "s", "annotator": name, "folders": ["ours", "theirs"], "pairs": len(each), "answers": each}
+
+
+def test_amt_smoothness_equals_vbench():
+    golden = load_file(GOLDEN / "amt_s_golden.safetensors")
+    net = golden_net(AMT(), "manifest_amt_s.json", 89483.81470339859, (0.25, 0.05))
+    frame = net(golden["frame0"][None].float() / 255, golden["frame1"][None].float() / 255)
+    torch.testing.assert_close(frame[0], golden["imgt_pred"], atol=1e-4, rtol=0)
+    between = [scores.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
+    off = torch.stack(between).int() - golden["clip_interp_uint8"][[0, 3]].int()
+    assert off.abs().max() <= 1 and (off != 0).float().mean() < 1e-3
+    assert abs(scores.motion_smoothness(net, golden["clip"][:8]) - golden["clip_first8_score"].item()) < 1e-6
+    assert abs(scores.motion_smoothness(net, golden["clip"]) - golden["clip_score"].item()) < 1e-6
+    with pytest.raises(ValueError, match="2 frames: smoothness needs 3"):
+        scores.motion_smoothness(net, golden["clip"][:2])
+    with pytest.raises(ValueError, match="64x96 frames: 128 px"):
+        scores.motion_smoothness(net, golden["clip"][:3, :, :96, :64])
+
+
+def test_musiq_imaging_quality_equals_vbench():
+    golden = load_file(GOLDEN / "musiq_golden.safetensors")
+    net = golden_net(MUSIQ(), "manifest_musiq.json", 808535.4199490941)
+    torch.testing.assert_close(net(golden["frames"].float() / 255), golden["scores"], atol=1e-4, rtol=0)
+    assert abs(100 * scores.imaging_quality(net, golden["frame_480x832"][None]) - golden["score_480x832"].item()) < 1e-4
+
+
+def test_vbench_preprocessing():
+    golden, frame = load_file(GOLDEN / "vbench_preprocess_golden.safetensors"), load_file(GOLDEN / "musiq_golden.safetensors")["frame_480x832"]
+    torch.testing.assert_close(scores.clip_input(golden["clip_frame"][None].float())[0], golden["clip_out"], atol=1e-6, rtol=0)
+    rows = scores.longer_512(frame[None].float())[0, :, [0, 147, 294]]
+    torch.testing.assert_close(rows, golden["longer_out_rows_0_147_294"], atol=1e-6, rtol=0)
+
+
+def test_dynamic_degree_decides_as_vbench():
+    golden = json.loads((GOLDEN / "vbench_dynamic_degree.json").read_text())
+    for case in golden["cases"]:
+        sampled = len(range(0, case["n_frames"], scores.sample_step(case["fps"])))
+        assert sampled == case["n_sampled"], case["name"]
+        assert scores.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"]) == case["decision"], case["name"]
+    for case in golden["statistic_cases"]:
+        flow = torch.tensor(FIELDS[case["name"]](), dtype=torch.float32)
+        assert abs(scores.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
+
+
+def test_dynamic_degree_measures_raft_on_sampled_frames():
+    golden = load_file(GOLDEN / "raft_small_golden.safetensors")
+    net = golden_net(raft.RAFT(raft.CONFIGS["small"]), "manifest_raft_princeton_small.json", 28551.48879625985)
+    frames = golden["frames"].repeat_interleave(2, dim=0)  # at 16 fps every second frame is looked at
+    decision, magnitudes = scores.dynamic_degree(net, frames, 16.0, iters=4)
+    expected = [scores.fast_pixels(flow) for flow in golden["flow_up_it4"]]
+    np.testing.assert_allclose(magnitudes, expected, atol=2e-3)
+    assert decision == scores.is_dynamic(expected, 3, 128, 160)
+
+
+def test_aesthetic_quality_is_a_linear_head_on_clip():
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=56, projection_dim=16)
+    clip, head = CLIPVisionModelWithProjection(config).eval(), torch.nn.Linear(16, 1)
+    frames = torch.randint(0, 256, (3, 3, 240, 300), dtype=torch.uint8)
+    embedding = torch.cat([clip(pixel_values=scores.clip_input(frame[None].float())).image_embeds for frame in frames])
+    expected = head(embedding / embedding.norm(dim=1, keepdim=True)).mean().item() / 10
+    assert abs(scores.aesthetic_quality(clip, head, frames) - expected) < 1e-6
+
+
+def test_missing_weights_are_named_and_left_out(tmp_path, capsys):
+    assert scores.load_metrics(list(scores.FILES), tmp_path, False, torch.device("cpu")) == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and "no weights: amt-s.pth, get it from https://" in lines[0]
+    (tmp_path / "amt-s.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="amt-s.pth"):
+        scores.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))
+
+
+def test_scores_resume_after_a_kill(tmp_path):
+    for i in range(3):
+        write_video(tmp_path / "in" / f"a ball-{i}.mp4", torch.rand(3, 5, 32, 48) * 2 - 1, 16)
+    log, videos, calls = tmp_path / "scores.jsonl", scores.find_videos(tmp_path / "in", set()), []
+
+    def metric(frames, fps):
+        calls.append(sum(1 for _ in frames))
+        return {"smoothness": 0.5, "dynamic": 1.0}
+    scores.score_folder(videos[:2], {"smoothness": (metric, "v1")}, log)
+    with open(log, "a") as file:
+        file.write('{"video": "a ball-2.mp4", "scor')  # what a kill leaves of a line
+    rows = scores.score_folder(videos, {"smoothness": (metric, "v1")}, log)
+    assert calls == [5, 5, 5] and [r["scores"]["motion"] for r in rows] == [0.75] * 3
+    assert len(scores.read_log(log)) == 3 and rows[2]["frames"] == 5 and rows[2]["fps"] == 16
+    scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)  # other weights: all again
+    write_video(videos[0], torch.rand(3, 7, 32, 48) * 2 - 1, 16)      # another file of the same name: it again
+    rows = scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)
+    assert calls[3:] == [5, 5, 5, 7] and rows[0]["frames"] == 7
+
+
+def test_odd_files_are_counted_and_named(tmp_path, capsys):
+    clip = torch.rand(3, 6, 48, 32) * 2 - 1
+    write_video(tmp_path / "portrait-0.mp4", clip, 16)
+    write_video(tmp_path / "one frame-0.mp4", clip[:, :1], 16)
+    write_video(tmp_path / "portrait-0.flow.mp4", clip, 16)  # sample.py's picture is no sample
+    (tmp_path / "empty-0.mp4").write_bytes(b"")
+    (tmp_path / "text-0.mp4").write_text("no video")
+    (tmp_path / "cut-0.mp4").write_bytes((tmp_path / "portrait-0.mp4").read_bytes()[:1500])
+    with av.open(str(tmp_path / "no rate-0.mp4"), "w", format="h264") as bare:  # a bare stream, which has no time stamps
+        stream = bare.add_stream("libx264", rate=16, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for _ in range(4):
+            bare.mux(stream.encode(av.VideoFrame(48, 32, "yuv420p")))
+        bare.mux(stream.encode())
+    smooth = {"smoothness": (lambda frames, fps: {"smoothness": scores.motion_smoothness(AMT(), frames)}, "v1")}
+    rows = scores.score_folder(scores.find_videos(tmp_path, set()), smooth, tmp_path / "out" / "scores.jsonl")
+    left_out = {r["video"]: r["error"] for r in rows if "error" in r}
+    assert set(left_out) == {"empty-0.mp4", "text-0.mp4", "cut-0.mp4", "no rate-0.mp4"}
+    assert all(name in reason for name, reason in left_out.items()) and "frame rate" in left_out["no rate-0.mp4"]
+    assert {r["video"]: r["skipped"]["smoothness"].split(":")[0] for r in rows if r["skipped"]} == {
+        "one frame-0.mp4": "1 frames", "portrait-0.mp4": "32x48 frames"}
+    header, cells = scores.score_table(["odd"], [rows], {"smoothness": "smoothness"})
+    assert dict(zip(header, cells)) == {"folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16",
+                                        "frames": "1-6", "size": "32x48", "left out": "4"}
+    with pytest.raises(ValueError, match="none of the prompts"):
+        scores.find_videos(tmp_path, {"a cat"})
+
+
+def test_differences_are_paired_and_bootstrapped():
+    first = [row(p, i, motion=0.1 * i) for p in "xyz" for i in range(3)]
+    second = [row(p, i, motion=0.1 * i + 0.25) for p in "xy" for i in range(3)] + [row("w", 0, motion=9.0)]
+    groups = scores.paired(first, second, "motion")
+    assert set(groups) == {"x", "y"} and np.allclose(list(groups.values()), 0.25)
+    assert np.allclose(scores.bootstrap(list(groups.values())), 0.25)
+    mean, low, high = scores.bootstrap([[0.0], [1.0]] * 200)
+    assert mean == 0.5 and abs(low - 0.451) < 0.01 and abs(high - 0.549) < 0.01  # 1.96 / (2 sqrt 400)
+    together = scores.bootstrap([[0.0] * 10, [1.0] * 10] * 20)  # ten samples of a prompt are worth one
+    assert together[2] - together[1] > 0.28
+    table = scores.difference_table(["a", "b"], [first, second], {"motion": "motion score"})
+    assert table[1] == ["b", "+0.250 [+0.250, +0.250]", "6", "2"]
+
+
+def test_tally_counts_wins_of_the_first_folder(tmp_path):
+    files = [answers("one", motion="aabt", visual="tttt", text="bbbb"), answers("two", motion="aaaa", visual="tttt", text="bbba")]
+    result = scores.tally(files)
+    assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
+    assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
+    assert result["motion"]["win"][1] < 6 / 8 < result["motion"]["win"][2]
+    paths = [tmp_path / f"{i}.json" for i in range(3)]
+    for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}]):
+        path.write_text(json.dumps(file))
+    for pair, reason in (paths[:2], "of one person"), (paths[::2], "different surveys"), ([tmp_path / "no"], "expected answers"):
+        with pytest.raises(ValueError, match=reason):
+            scores.read_answers(pair)
+
+
+def test_toy_figures_are_exact(tmp_path):
+    clip = world.clip(5)
+    write_video(tmp_path / f"{clip.prompts[0]}-0.mp4", clip.pixels[0], 16)
+    rows = scores.score_folder(scores.find_videos(tmp_path, set()), {}, tmp_path / "out" / "scores.jsonl")
+    found = rows[0]["scores"]
+    assert found["toy_colour"] == found["toy_shape"] == found["toy_one_blob"] == 1
+    assert abs(found["toy_net_speed"] - clip.velocity[0].norm().item()) < 0.1 and found["toy_position_error"] < 0.6
+
+
+def test_report_is_one_file_sorted_by_difference(tmp_path):
+    names = ["still <b>", "moving </script>"]
+    folders = [[row(name, 0, motion=value) for name, value in zip(names, values)] for values in ([0.5, 0.5], [0.5, 0.9])]
+    for i, r in enumerate(itertools.chain(*folders)):
+        r["path"] = tmp_path / f"{i}.mp4"
+        r["path"].write_bytes(bytes([i]) * (900 if i else 2000))
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "dmd": 1.0}\n{"step": 1, "dmd": NaN}\n{"step": 2, "dmd": 0.5}\n{"st')
+    page = report.write_report(tmp_path, ["a", "b"], folders, [("Measured", [["folder", "motion"], ["a", "0.5"]])], ["a note"],
+                               {"motion": "motion score"}, runs=[tmp_path], embed_mb=0.0027).read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert [r["prompt"] for r in data["rows"]] == names[::-1]
+    assert [["blob" in cell for cell in r["cells"]] for r in data["rows"]] == [[True, True], [False, True]]
+    assert data["rows"][1]["cells"][0]["href"] == "0.mp4" and page.count('<script type="text/plain"') == 3
+    assert page.count("<polyline") == 1 and "0.5 to 1" in page and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_survey_holds_the_common_samples(tmp_path):
+    for folder, count in ("ours", 3), ("theirs", 2):
+        for i in range(count):
+            write_video(tmp_path / folder / f"a dog-{i}.mp4", torch.zeros(3, 2, 16, 16), 16)
+    videos = [scores.find_videos(tmp_path / folder, set()) for folder in ("ours", "theirs")]
+    pairs = scores.pair_up(*videos)
+    assert [pair[:2] for pair in pairs] == [("a dog", 0), ("a dog", 1)]
+    page = report.write_survey(tmp_path, ["ours", "theirs"], pairs, embed_mb=0).read_text()
+    assert len(list((tmp_path / "survey_files").iterdir())) == 4
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert list(data["questions"]) == ["motion", "visual", "text"] and "ours" not in str(data["pairs"])
