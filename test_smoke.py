@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -899,7 +900,7 @@ def test_shares_cover_the_batch_on_any_number_of_ranks(monkeypatch):
 def test_frozen_sharded_net_collects_no_gradient(tmp_path):
     _, mesh = train.setup()
     net = MotionDiscriminator(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8), 2, (0, 1))
-    train.shard(net, net.trunk.blocks, mesh, None)
+    train.shard(net, net.trunk.blocks, mesh, None, True)
     context, o = torch.zeros(1, 8, 16), torch.randn(1, 4, 2, 4, 4, requires_grad=True)
     with torch.no_grad():
         net(o, torch.zeros(1), context)  # leaves the root gathered, with gradients on
@@ -956,6 +957,8 @@ def test_ablations_and_open_choices(tmp_path):
     assert not {"r1", "r2"} & no_r.keys() and no_r["gan_d"] > 0
     latent = run(weights, tmp_path / "latent", "--latent_gan")[0]
     assert latent["logit_gen"] != full["logit_gen"] and latent["dmd"] == full["dmd"]
+    small = run(weights, tmp_path / "small", *"--remat block --latents_per_pass 1 --raft_group 3 --checkpointing".split())[0]
+    assert small.pop("phase") == "mogan" and small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
     pixel = run(weights, tmp_path / "pixel", "--r_space", "pixel", "--r_form", "printed", "--real_roundtrip")[0]
     assert 0 < pixel["r1"] < full["r1"] and pixel["logit_gen"] == full["logit_gen"] and pixel["logit_real"] != full["logit_real"]
 

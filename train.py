@@ -103,6 +103,11 @@ class Config:
     t_star: str = "zero"            # zero (the paper), random (APT): the discriminator's timestep
     real_roundtrip: bool = False    # pass real clips through the VAE, so that its blur is no cue
     order: str = "appendix"         # appendix: generator before discriminator; algorithm: after it, as Algorithm 1 prints
+    # memory against time; the result is the same
+    remat: str = "block"            # what the VAE's backward recomputes: none, each pass, or each pass block by block
+    latents_per_pass: int = 1       # latents the VAE takes at once
+    raft_group: int = 4             # frame pairs that RAFT's backward holds at once
+    checkpointing: bool = True      # recompute each DiT block in backward
     # ablations of Table 2
     no_dmd: bool = False
     no_r: bool = False
@@ -119,7 +124,7 @@ PRESETS = {
     "wan14b": {},
     "toy": dict(height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, batch=12, discriminator_batch=12, micro_batch=12,
                 lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4, timesteps=(1000, 857, 600), shift=3.0, guidance=2.0, fake_steps=2,
-                window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3), sigma=0.05, sample_every=20),
+                window=2, raft_iters=4, flow_scale=3.0, remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False, depth=4, taps=(1, 2, 3), sigma=0.05, sample_every=20),
 }
 
 
@@ -162,7 +167,7 @@ def resolve(cfg):
 def check(cfg):
     """Raise ValueError, one line, for settings that cannot run."""
     for name, allowed in dict(r_form=("divided", "printed"), r_space=("latent", "pixel"), window_start=("random", "first"),
-                              t_star=("zero", "random"), order=("appendix", "algorithm"), dtype=("auto", "bf16", "fp32")).items():
+                              t_star=("zero", "random"), order=("appendix", "algorithm"), remat=("none", "pass", "block"), dtype=("auto", "bf16", "fp32")).items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"expected --{name} {' or '.join(allowed)}, got {getattr(cfg, name)}")
     if cfg.frames % 4 != 1 or cfg.frames < 5:
@@ -220,7 +225,7 @@ def setup():
     return torch.device("cuda" if cuda else "cpu"), init_device_mesh("cuda" if cuda else "cpu", shape)
 
 
-def shard(net, blocks, mesh, dtype, checkpointing=True):
+def shard(net, blocks, mesh, dtype, checkpointing):
     """FSDP2: each block, then the rest. Only `net(...)` may be called afterwards."""
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -516,24 +521,28 @@ def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shap
 
 def motion(cfg, raft, x):
     """Pixels [B, 3, T, H, W] -> motion tensor of the same shape."""
-    return motion_tensor(video_flow(raft, x, cfg.raft_iters), cfg.flow_scale)
+    return motion_tensor(video_flow(raft, x, cfg.raft_iters, cfg.raft_group), cfg.flow_scale)
 
 
 def generated_motion(cfg, vae, raft, z0, start):
     """o_gen of a window of z0: only it is decoded, with the state before it detached (App. A)."""
-    return z0 if cfg.latent_gan else motion(cfg, raft, vae.decode_window(z0, start, cfg.window))
+    if cfg.latent_gan:
+        return z0
+    return motion(cfg, raft, vae.decode_window(z0, start, cfg.window, cfg.latents_per_pass, cfg.remat))
 
 
 def real_motion(cfg, vae, raft, x):
     """o_real of real pixels."""
-    if cfg.latent_gan or not cfg.real_roundtrip:
-        return vae.encode(x) if cfg.latent_gan else motion(cfg, raft, x)
-    return motion(cfg, raft, vae.decode(vae.encode(x)))
+    if cfg.latent_gan or cfg.real_roundtrip:
+        z0 = vae.encode(x, cfg.latents_per_pass)
+    if cfg.latent_gan:
+        return z0
+    return motion(cfg, raft, vae.decode(z0, cfg.latents_per_pass) if cfg.real_roundtrip else x)
 
 
 def see(cfg, vae, o):
     """What the discriminator takes of o: its VAE latents."""
-    return o if cfg.latent_gan else vae.encode(o)
+    return o if cfg.latent_gan else vae.encode(o, cfg.latents_per_pass, cfg.remat)
 
 
 def trainable(net, flag, part=None):
@@ -599,7 +608,7 @@ def train(cfg):
     teacher.requires_grad_(False)
     for net, blocks in (generator, generator.blocks), (fake_score, fake_score.blocks), (teacher, teacher.blocks), \
                        (discriminator, discriminator.trunk.blocks):
-        shard(net, blocks, mesh, dtype)
+        shard(net, blocks, mesh, dtype, cfg.checkpointing)
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
