@@ -481,6 +481,6 @@ def clip_beside_flow(x, flow, scale=None):
     zoom = math.ceil(256 / H)
     both = torch.cat([x.float().clamp(-1, 1), color], dim=3)
     both = both.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3)     # [3, T, k H, 2 k W]
-    legend = flow_legend(scale, both.shape[2] // 4).to(both)
+    legend = flow_legend(scale, zoom * min(H, W) // 4).to(both)
     both[:, :, -legend.shape[1] :, -legend.shape[2] :] = legend.unsqueeze(1)
     return both

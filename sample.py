@@ -83,7 +83,7 @@ def encode_h264(path, images, fps, comment):
         stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
         codec = stream.codec_context
         codec.thread_count, codec.color_range = 4, LIMITED
-        # CHOICE: BT.601, tagged as such: it is what readers that ignore the tag (OpenCV, decord) assume.
+        # CHOICE: BT.601, tagged as such: what readers assume of a file without a tag.
         codec.colorspace = codec.color_primaries = codec.color_trc = BT601
         for i, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
@@ -314,7 +314,7 @@ def parse_flags(argv):
     flag("--seed", type=int, default=0)
     flag("--out", help="file of the one video, written anew each time; default sample.mp4")
     flag("--out_dir", help="folder of several, those that are there are kept; default samples")
-    flag("--flow", action="store_true", help="also write NAME.flow.mp4, the clip beside its optical flow")
+    flag("--flow", action="store_true", help="also write flow/NAME.flow.mp4, the clip beside its optical flow")
     flag("--preset", default="auto", choices=["auto", *SAMPLING], help="auto: wan1.3b where there is CUDA, else toy")
     flag("--height", type=int, help="pixels, divisible by 16")
     flag("--width", type=int, help="pixels, divisible by 16")
@@ -431,7 +431,12 @@ def is_done(path, comment, flow):
     with open_video(path) as (container, _):
         if container.metadata.get("comment") != comment:
             raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
-    return not flow or path.with_suffix(".flow.mp4").exists()
+    return not flow or flow_path(path).exists()
+
+
+def flow_path(path):
+    """Where the flow picture of a video goes: not beside it, where VBench would take it for one more video."""
+    return path.parent / "flow" / f"{path.stem}.flow.mp4"
 
 
 def random_toy():
@@ -490,7 +495,7 @@ def run(argv):
         for x, (_, _, path, comment) in zip(clips, batch):
             if raft is not None:
                 flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
-                write_video(path.with_suffix(".flow.mp4"), clip_beside_flow(x, flow), args.fps, comment)
+                write_video(flow_path(path), clip_beside_flow(x, flow), args.fps, comment)
             write_video(path, x, args.fps, comment)
             tqdm.write(f"wrote {path}")
 

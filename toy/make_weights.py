@@ -1,10 +1,11 @@
 """Train the toy world's networks from nothing and write toy/weights: the recipe of the shipped files.
 
-    python toy/make_weights.py all                       # vae, raft, text, teacher, student, one after the other
+    python toy/make_weights.py all                       # every part, one after the other
     python toy/make_weights.py teacher --steps 20000     # one part; the same command again resumes it
 
-Order matters: the teacher needs vae and text, the student needs the teacher. Each part is seeded by (part, step), logs to
-runs/make_weights/{part}.jsonl, checkpoints beside it, and exports fp16 weights whose header holds the recipe and the figures.
+Order matters: the teacher needs vae, text and latents, the student needs the teacher and raft. Each part is seeded by
+(part, step), logs to runs/make_weights/{part}.jsonl, checkpoints beside it, and exports fp16 weights whose header holds
+the recipe and the figures.
 """
 import argparse
 import copy
@@ -27,8 +28,8 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import model                                                                                       # noqa: E402
-from model import NEGATIVE_PROMPT, DiTConfig, WanDiT, add_noise, load_text_encoder, sample_noise   # noqa: E402
-from model import save_dit, shift_time                                                             # noqa: E402
+from model import NEGATIVE_PROMPT, DiTConfig, WanDiT, add_noise, few_step, few_step_times          # noqa: E402
+from model import load_dit, load_text_encoder, sample_noise, save_dit, shift_time                  # noqa: E402
 from raft import CONFIGS as RAFTS, RAFT, save_raft                                                 # noqa: E402
 from toy.world import ADVERBS, COLOURS, DIRECTIONS, FRAMES, PROMPTS, SHAPES, SIZE                  # noqa: E402
 from toy.world import attributes, clips, held_out, score                                           # noqa: E402
@@ -36,14 +37,15 @@ from vae import VAEConfig, WanVAE, load_vae, save_vae                           
 
 RUNS, OUT = REPO / "runs" / "make_weights", REPO / "toy" / "weights"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = {"vae": 760, "raft": 900, "text": 600, "latents": 28, "decoder": 600, "teacher": 10000}
+STEPS = {"vae": 760, "raft": 700, "text": 600, "latents": 28, "decoder": 500, "teacher": 10000,
+         "student": 300, "measure": 1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimiser, schedule, checkpoints
 
 def orthogonalise(g: Tensor) -> Tensor:
-    """Nearest semi-orthogonal matrix of each matrix in g [N, r, c], by five Newton-Schulz steps (Jordan et al., Muon)."""
+    """Nearest semi-orthogonal matrix of each of g [N, r, c], by five Newton-Schulz steps (Jordan et al., Muon)."""
     flip = g.shape[1] > g.shape[2]
     x = g.transpose(1, 2) if flip else g
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -68,7 +70,7 @@ class Optimizer:
         matrices = {n for names in self.groups.values() for n in names}
         self.plain = [n for n in self.named if n not in matrices]
         self.lrs, self.betas, self.decay, self.count = (muon_lr, adam_lr), betas, decay, 0
-        self.state = {f"m.{n}": torch.zeros_like(p) for n, p in self.named.items()}
+        self.state = {f"m.{n}": torch.zeros(p.shape, device=p.device) for n, p in self.named.items()}
         self.state |= {f"v.{n}": torch.zeros_like(self.named[n]) for n in self.plain}
 
     @torch.no_grad()
@@ -109,8 +111,8 @@ def schedule(step: int, steps: int, warm: int = 50, tail: float = .3) -> float:
 def save_run(part: str, step: int, state: dict[str, Tensor], **header) -> None:
     """Write a resumable checkpoint aside, then rename it over the last one."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    header = {"step": step, **header}
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, RUNS / f"{part}.part", metadata={"json": json.dumps(header)})
+    state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(state, RUNS / f"{part}.part", metadata={"json": json.dumps({"step": step, **header})})
     with open(RUNS / f"{part}.part", "rb") as file:
         os.fsync(file.fileno())
     os.replace(RUNS / f"{part}.part", RUNS / f"{part}.safetensors")
@@ -163,6 +165,10 @@ def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
 VAE = VAEConfig(dim=8, z_dim=8, latents_mean=(0.,) * 8, latents_std=(1.,) * 8, res_blocks=1)
 
 
+def is_kernel(name: str, p: Tensor) -> bool:
+    return p.ndim >= 4 and p[0].numel() >= 16 and len(p) >= 8
+
+
 def sprite_weight(x: Tensor, extra: float) -> Tensor:
     """1 on the room, 1 + extra on saturated pixels and two pixels around them, [B, 1, T, H, W]."""
     vivid = ((x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) > .5).float()
@@ -174,7 +180,8 @@ def crops(pool: Tensor, centre: Tensor, count: int, frames: int, size: int, rng:
     draw = lambda n: torch.randint(n, (count,), generator=rng).tolist()
     out = []
     for i, t, dx, dy in zip(draw(len(pool)), draw(FRAMES - frames + 1), draw(25), draw(25)):
-        x, y = (centre[i, t + frames // 2] - size / 2 + torch.tensor([dx - 12, dy - 12])).clamp(0, SIZE - size).int().tolist()
+        corner = centre[i, t + frames // 2] - size / 2 + torch.tensor([dx - 12, dy - 12])
+        x, y = corner.clamp(0, SIZE - size).int().tolist()
         out.append(pool[i, :, t:t + frames, y:y + size, x:x + size])
     return torch.stack(out).float().div_(127.5).sub_(1).to(DEVICE)
 
@@ -200,17 +207,18 @@ def vae_batch(pool: Tensor, centre: Tensor, step: int, steps: int) -> Tensor:
 
 
 class Probe(nn.Module):
-    """Training only: latents must tell the clip's 4-px, 2-frame averages linearly, which keeps them smooth and easy to predict."""
+    """Training only: latents must tell 4-px, 2-frame averages linearly, which keeps them smooth and easy to predict."""
 
     def __init__(self, z_dim: int):
         super().__init__()
         self.first, self.rest = nn.Conv3d(z_dim, 12, 1), nn.Conv3d(z_dim, 24, 1)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        coarse = F.pixel_unshuffle(F.avg_pool2d(x.transpose(1, 2).flatten(0, 1), 4), 2).unflatten(0, (len(x), -1))  # [B, T, 12, h, w]
+        coarse = F.pixel_unshuffle(F.avg_pool2d(x.transpose(1, 2).flatten(0, 1), 4), 2)                # [B T, 12, h, w]
+        coarse = coarse.unflatten(0, (len(x), -1))
         loss = F.mse_loss(self.first(z[:, :, :1])[:, :, 0], coarse[:, 0])
         if z.shape[2] > 1:
-            pairs = coarse[:, 1:].unflatten(1, (-1, 2, 2)).mean(3).flatten(2, 3)                     # [B, f-1, 24, h, w]
+            pairs = coarse[:, 1:].unflatten(1, (-1, 2, 2)).mean(3).flatten(2, 3)                # [B, f-1, 24, h, w]
             loss = loss + F.mse_loss(self.rest(z[:, :, 1:]), pairs.transpose(1, 2))
         return loss
 
@@ -231,7 +239,7 @@ def train_vae(steps: int) -> None:
     torch.manual_seed(0)
     vae = WanVAE(VAE).to(DEVICE)
     net = nn.ModuleDict({"vae": vae, "probe": Probe(VAE.z_dim)}).to(DEVICE)
-    optimizer = Optimizer(net, lambda n, p: n.startswith("vae") and p.ndim >= 4 and p[0].numel() >= 16 and len(p) >= 8, .02, 3e-3)
+    optimizer = Optimizer(net, lambda n, p: n.startswith("vae") and is_kernel(n, p), .02, 3e-3)
     state, header = load_run("vae")
     if state:
         unpack(state, header["step"], net, optimizer)
@@ -252,7 +260,8 @@ def train_vae(steps: int) -> None:
         (pixel + 3e-4 * kl + .3 * probe).backward()
         norm = optimizer.step(schedule(step, steps))
         if step % 20 == 0:
-            log("vae", step=step, pixel=pixel.item(), kl=kl.item(), probe=probe.item(), norm=norm, seconds=spent + time.time() - began)
+            log("vae", step=step, pixel=pixel.item(), kl=kl.item(), probe=probe.item(), norm=norm,
+                seconds=spent + time.time() - began)
         if step % 100 == 99 or step == steps - 1:
             quality = vae_quality(vae)
             log("vae", step=step + 1, **quality, seconds=spent + time.time() - began)
@@ -270,17 +279,18 @@ def export_vae(vae: WanVAE, quality: dict, steps: int, seconds: float) -> None:
     out = WanVAE(VAEConfig(**{**vars(VAE), "latents_mean": rounded[0], "latents_std": rounded[1]}))
     out.load_state_dict(half(vae.state_dict()))
     OUT.mkdir(exist_ok=True)
-    save_vae(out.half(), OUT / "vae.safetensors", preset="toy", quality=json.dumps(quality), recipe=f"{steps} steps, {seconds / 60:.0f} min, "
-             "Muon .02 + AdamW 3e-3, sprite-weighted L1 + MSE, KL 3e-4, linear probe .3, crops of 1, 5, 9 frames, seed 0")
+    save_vae(out.half(), OUT / "vae.safetensors", preset="toy", quality=json.dumps(quality),
+             recipe=f"{steps} steps, {seconds / 60:.0f} min, Muon .02 + AdamW 3e-3, sprite-weighted L1 + MSE, KL 3e-4, "
+                    "linear probe .3, crops of 1, 5, 9 frames, seed 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # RAFT
 
 def raft_batch(step: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Pairs of frames 1, 2, 4 or 6 apart: image1, image2 [N, 3, H, W], exact flow [N, 2, H, W], the shape's mask [N, H, W].
+    """Frames 1, 2, 4 or 6 apart: image1, image2 [N, 3, H, W], exact flow [N, 2, H, W], the shape's mask [N, H, W].
 
-    CHOICE: the gaps, because motion under one cell (4 px) leaves the matching without a gradient and RAFT stays at zero flow.
+    CHOICE: the gaps, because motion under one cell (4 px) gives the matching no gradient and RAFT stays at zero flow.
     """
     rng = seeded("raft", step)
     truth = clips((torch.arange(batch) + 50_000_000 + step * batch).tolist(), device=DEVICE)
@@ -296,16 +306,17 @@ def raft_batch(step: int, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def match_loss(fmap1: Tensor, fmap2: Tensor, flow: Tensor, mask: Tensor, stride: int) -> Tensor:
     """Cross-entropy of the feature correlation against the true match, on the shape's cells. Training only."""
     N, D, h, w = fmap1.shape
-    cells, inside = F.avg_pool2d(flow, stride) / stride, F.avg_pool2d(mask[:, None], stride)[:, 0] > .6      # [N, 2, h, w]
+    cells = F.avg_pool2d(flow, stride) / stride                                                     # [N, 2, h, w]
+    inside = F.avg_pool2d(mask[:, None], stride)[:, 0] > .6
     y, x = torch.meshgrid(torch.arange(h, device=flow.device), torch.arange(w, device=flow.device), indexing="ij")
     goal = (y + cells[:, 1]).round().clamp(0, h - 1) * w + (x + cells[:, 0]).round().clamp(0, w - 1)
-    logits = fmap1.flatten(2).transpose(1, 2) @ fmap2.flatten(2) / math.sqrt(D)                               # [N, h w, h w]
+    logits = fmap1.flatten(2).transpose(1, 2) @ fmap2.flatten(2) / math.sqrt(D)                     # [N, h w, h w]
     return F.cross_entropy(logits[inside.flatten(1)], goal.flatten(1).long()[inside.flatten(1)])
 
 
 @torch.no_grad()
 def raft_quality(raft: RAFT, count: int = 24, iters: int = 4) -> dict[str, float]:
-    """End-point error on neighbouring frames of unseen motion-rich clips, px: all, the shape, the room; mean speed error."""
+    """End-point error between neighbouring frames of unseen motion-rich clips, px: all, the shape, the room."""
     truth = clips(list(range(21_000_000, 21_000_000 + count)), motion_rich=True, device=DEVICE)
     t = torch.arange(count) % (FRAMES - 1)
     rows = torch.arange(count)
@@ -340,7 +351,8 @@ def train_raft(steps: int) -> None:
             save_run("raft", step + 1, pack(raft, optimizer), seconds=spent + time.time() - began)
     raft.load_state_dict({k: v.half().float() for k, v in raft.state_dict().items()})
     save_raft(raft, OUT / "raft.safetensors", torch.float16, preset="toy", quality=json.dumps(raft_quality(raft, 200)),
-              recipe=f"{steps} steps, {(spent + time.time() - began) / 60:.0f} min, AdamW 8e-4, 12 pairs 1-6 frames apart, seed 0")
+              recipe=f"{steps} steps, {(spent + time.time() - began) / 60:.0f} min, AdamW 8e-4, "
+                     "12 pairs 1-6 frames apart, matching loss .1, seed 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,8 +360,8 @@ def train_raft(steps: int) -> None:
 
 VOCAB = ["<pad>", "</s>", "<unk>", "a", "moving", *COLOURS, *SHAPES, *DIRECTIONS, *ADVERBS[1:]]
 TEXT_LEN = 8
-UMT5 = dict(vocab_size=len(VOCAB), d_model=64, d_kv=16, num_heads=4, d_ff=128, num_layers=2, feed_forward_proj="gated-gelu",
-            dropout_rate=0.0)
+UMT5 = dict(vocab_size=len(VOCAB), d_model=64, d_kv=16, num_heads=4, d_ff=128, num_layers=2, dropout_rate=0.,
+            feed_forward_proj="gated-gelu")
 
 
 def train_text(steps: int) -> None:
@@ -380,16 +392,17 @@ def train_text(steps: int) -> None:
         loss.backward()
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            right = torch.stack([(p.argmax(2) == goals[..., k])[mask > 0].float().mean() for k, p in enumerate(logits)]).min()
-            log("text", step=step, loss=loss.item(), right=right.item())
-    header = {"format": "pt", "preset": "toy", "vocab": json.dumps(VOCAB), "config": json.dumps({**UMT5, "text_len": TEXT_LEN}),
-              "quality": json.dumps({"attributes_right": right.item()}), "recipe": f"{steps} steps, AdamW 3e-3, every token tells every attribute, seed 0"}
+            right = min((p.argmax(2) == goals[..., k])[mask > 0].float().mean().item() for k, p in enumerate(logits))
+            log("text", step=step, loss=loss.item(), right=right)
+    header = {"format": "pt", "preset": "toy", "vocab": json.dumps(VOCAB),
+              "config": json.dumps({**UMT5, "text_len": TEXT_LEN}), "quality": json.dumps({"attributes_right": right}),
+              "recipe": f"{steps} steps, AdamW 3e-3, every token tells every attribute, seed 0"}
     state = {k: v for k, v in half(model.state_dict()).items() if k != "encoder.embed_tokens.weight"}
     save_file(state, OUT / "text.safetensors", metadata=header)
 
 
 def context_table() -> tuple[Tensor, Tensor]:
-    """Contexts of all PROMPTS [216, text_len, text_dim], and of what a dropped prompt may be: "" and Wan's negative prompt [2, ...]."""
+    """Contexts [216, text_len, text_dim] of PROMPTS, and [2, ...] of what stands for none: "" and Wan's negative."""
     encoder = load_text_encoder(OUT)
     return encoder(PROMPTS).to(DEVICE), encoder(["", NEGATIVE_PROMPT]).to(DEVICE)
 
@@ -399,6 +412,7 @@ def context_table() -> tuple[Tensor, Tensor]:
 
 DIT = DiTConfig(dim=128, heads=4, ffn_dim=512, layers=6, in_dim=VAE.z_dim, freq_dim=64, text_dim=64, text_len=TEXT_LEN)
 CHUNK = 256                     # clips a latents file
+GUIDANCE = 2.5                  # of the 50-step sampler: v_neg + GUIDANCE (v_pos - v_neg)
 TAP = 4                         # the auxiliary head reads the tokens after so many blocks
 
 
@@ -431,14 +445,14 @@ def train_latents(chunks: int) -> None:
 
 
 def train_decoder(steps: int) -> None:
-    """Fine-tune the shipped VAE's decoder alone on whole frames: the encoder, hence every cached latent, stays as it is.
+    """Fine-tune the shipped VAE's decoder alone on whole frames: the encoder, so every cached latent, stays as it is.
 
     CHOICE: a little noise on the latents, because a generator's are not exact either and edges should survive that.
     """
     torch.manual_seed(0)
     vae = load_vae(OUT / "vae.safetensors").to(DEVICE)
     net = nn.ModuleList([vae.decoder, vae.conv2]).requires_grad_(True)
-    optimizer = Optimizer(net, lambda n, p: p.ndim >= 4 and p[0].numel() >= 16 and len(p) >= 8, .006, 1e-3)
+    optimizer = Optimizer(net, is_kernel, .006, 1e-3)
     state, header = load_run("decoder")
     if state:
         unpack(state, header["step"], net, optimizer)
@@ -465,7 +479,8 @@ def train_decoder(steps: int) -> None:
     with safe_open(OUT / "vae.safetensors", "pt") as file:
         meta = file.metadata()
     save_vae(vae.half(), OUT / "vae.safetensors", preset="toy", quality=json.dumps(quality),
-             recipe=meta["recipe"] + f"; then the decoder alone, {steps} steps, {(spent + time.time() - began) / 60:.0f} min, noisy latents")
+             recipe=f"{meta['recipe']}; then the decoder alone, {steps} steps, "
+                    f"{(spent + time.time() - began) / 60:.0f} min, noisy latents")
 
 
 def compile_blocks() -> None:
@@ -476,7 +491,7 @@ def compile_blocks() -> None:
     plain, run = model.rotate, model.Block.run
     model.rotate = lambda x, rope: rotate(x, rope) if isinstance(rope, tuple) else plain(x, rope)
     fused = torch.compile(run, dynamic=False)
-    model.Block.run = lambda self, x, e0, context, rope: (fused if torch.is_grad_enabled() else run)(self, x, e0, context, rope)
+    model.Block.run = lambda *args: (fused if torch.is_grad_enabled() else run)(*args)
 
 
 def tapped(net: WanDiT, head: nn.Module, z_t: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -492,13 +507,13 @@ def tapped(net: WanDiT, head: nn.Module, z_t: Tensor, t: Tensor, context: Tensor
 
 def token_cells(cells: Tensor) -> Tensor:
     """Coverage of 4-px cells [B, T, 16, 16] in 0..1 -> per token (16 px, 4 frames; frame 0 repeated) [B, L, 64]."""
-    cells = torch.cat([cells[:, :1].expand(-1, 3, -1, -1), cells], 1)                                   # [B, 4 f, 16, 16]
-    cells = cells.unflatten(1, (-1, 4)).unflatten(3, (4, 4)).unflatten(5, (4, 4))                       # [B, f, 4, h, 4, w, 4]
+    cells = torch.cat([cells[:, :1].expand(-1, 3, -1, -1), cells], 1)                                # [B, 4 f, 16, 16]
+    cells = cells.unflatten(1, (-1, 4)).unflatten(3, (4, 4)).unflatten(5, (4, 4))              # [B, f, 4, h, 4, w, 4]
     return cells.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
 
 
 @torch.no_grad()
-def sample_clips(net: WanDiT, vae: WanVAE, pairs: list[tuple[str, int]], steps: int, guidance: float, shift: float) -> Tensor:
+def sample_clips(net: WanDiT, vae: WanVAE, pairs: list, steps: int, guidance: float, shift: float) -> Tensor:
     """Pixels of (prompt, noise seed) pairs by UniPC, guided against the empty prompt."""
     from sample import teacher_sample
     table, null = context_table()
@@ -512,10 +527,10 @@ def sample_clips(net: WanDiT, vae: WanVAE, pairs: list[tuple[str, int]], steps: 
     return torch.cat(out)
 
 
-def evaluate(net: WanDiT, vae: WanVAE, count: int = 200, steps: int = 50, guidance: float = 2.5, shift: float = 3.) -> dict[str, float]:
-    """`world.score` of samples for the first `count` held-out pairs."""
+def evaluate(net: WanDiT, vae: WanVAE, count: int = 200, guidance: float = GUIDANCE) -> dict[str, float]:
+    """`world.score` of 50-step samples for the first `count` held-out pairs."""
     pairs = held_out()[:count]
-    return score(sample_clips(net, vae, pairs, steps, guidance, shift), [p for p, _ in pairs])
+    return score(sample_clips(net, vae, pairs, 50, guidance, 3.), [p for p, _ in pairs])
 
 
 def average_gradients(net: nn.Module, ranks: int) -> None:
@@ -539,13 +554,15 @@ def teacher_batch(pool: dict[str, Tensor], step: int, batch: int, table: Tensor,
     t = shift_time(torch.sigmoid(1.2 * torch.randn(batch, generator=rng)), 3.)
     drop, which = torch.rand(batch, generator=rng) < .1, torch.randint(2, (batch,), generator=rng)
     context = torch.where(drop[:, None, None].to(DEVICE), null[which], table[pool["row"][pick]])
-    return z0.to(DEVICE), noise.to(DEVICE), t.to(DEVICE), context, token_cells(pool["cells"][pick].float().div(255)).to(DEVICE)
+    cells = token_cells(pool["cells"][pick].float().div(255))
+    return z0.to(DEVICE), noise.to(DEVICE), t.to(DEVICE), context, cells.to(DEVICE)
 
 
 def train_teacher(steps: int, batch: int = 16, chunks: int = 48) -> None:
     compile_blocks()
     torch.manual_seed(0)
-    vae, rank, ranks = load_vae(OUT / "vae.safetensors").to(DEVICE), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    vae = load_vae(OUT / "vae.safetensors").to(DEVICE)
     net = WanDiT(DIT).init_weights().to(DEVICE)
     head = nn.Sequential(nn.LayerNorm(DIT.dim), nn.Linear(DIT.dim, 64)).to(DEVICE)
     both = nn.ModuleDict({"net": net, "head": head})
@@ -556,7 +573,8 @@ def train_teacher(steps: int, batch: int = 16, chunks: int = 48) -> None:
         unpack(state, header["step"], both, optimizer, ema=ema)
     table, null = context_table()
     pool, loaded = {}, 0
-    v, seen = tapped(net, head, torch.zeros(batch, DIT.in_dim, 5, 8, 8, device=DEVICE), torch.zeros(batch, device=DEVICE), table[:batch])
+    z_t = torch.zeros(batch, DIT.in_dim, 5, 8, 8, device=DEVICE)
+    v, seen = tapped(net, head, z_t, z_t[:, 0, 0, 0, 0], table[:batch])
     (v.sum() + seen.sum()).backward()                            # compiles, before anybody waits for it
     both.zero_grad()
     dist.init_process_group("gloo", init_method=f"tcp://localhost:{PORT}", rank=rank, world_size=ranks)
@@ -578,26 +596,87 @@ def train_teacher(steps: int, batch: int = 16, chunks: int = 48) -> None:
         if rank:
             continue
         if step % 50 == 49:
-            log("teacher", step=step + 1, loss=sums[0], aux=sums[1], norm=norm, clips=len(pool["z"]), seconds=spent + time.time() - began)
+            log("teacher", step=step + 1, loss=sums[0], aux=sums[1], norm=norm, clips=len(pool["z"]),
+                seconds=spent + time.time() - began)
             sums = [0., 0.]
         if time.time() - saved > 100 or step == steps - 1:
             save_run("teacher", step + 1, pack(both, optimizer, ema=ema), seconds=spent + time.time() - began)
             saved = time.time()
         if step % EVERY == EVERY - 1 or step == steps - 1:
-            export_teacher(net, ema, vae, step + 1, batch * ranks, spent + time.time() - began, 200 if step == steps - 1 else 48)
+            export_teacher(net, ema, vae, step + 1, batch * ranks, spent + time.time() - began)
 
 
-AUX, EVERY, PORT = 1., 1500, 29617         # weight of the auxiliary loss; steps between evaluations
+AUX, EVERY, PORT = 1., 2500, 29617         # weight of the auxiliary loss; steps between evaluations
 
 
-def export_teacher(net: WanDiT, ema: dict, vae: WanVAE, step: int, batch: int, seconds: float, count: int) -> None:
+def export_teacher(net: WanDiT, ema: dict, vae: WanVAE, step: int, batch: int, seconds: float, count: int = 48) -> None:
     """Evaluate the averaged weights as they will be shipped, in fp16 precision, and write them."""
     average = copy.deepcopy(net)
     average.load_state_dict({n: v.half().float() for n, v in ema.items()})
     quality = {k: round(v, 4) for k, v in evaluate(average, vae, count).items()}
     log("teacher", step=step, count=count, **quality)
-    save_dit(half(ema), OUT / "teacher.safetensors", DIT, preset="toy", step=step, quality=json.dumps({"clips": count, **quality}),
-             recipe=f"flow matching, {step} steps of {batch}, {seconds / 60:.0f} min, Muon .02 + AdamW 2e-3, EMA .999, coverage head, seed 0")
+    save_dit(half(ema), OUT / "teacher.safetensors", DIT, preset="toy", step=step, guidance=GUIDANCE,
+             quality=json.dumps({"clips": count, **quality}),
+             recipe=f"flow matching, {step} steps of {batch}, {seconds / 60:.0f} min, Muon .02 + AdamW 2e-3, EMA .999, "
+                    "coverage head, seed 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Student
+
+STUDENT = {"timesteps": (1000, 857, 600), "shift": 3.0}     # three steps; their noise levels are 1, .857 and .6
+DMD = ["--batch", "16", "--micro_batch", "8", "--fake_steps", "3", "--lr_generator", "2e-4", "--ema", ".97"]
+
+
+@torch.no_grad()
+def few_step_clips(net: WanDiT, vae: WanVAE, pairs: list[tuple[str, int]]) -> Tensor:
+    """Pixels of (prompt, noise seed) pairs by the student's own sampler."""
+    table, times = context_table()[0], few_step_times(**dict(steps=STUDENT["timesteps"], shift=STUDENT["shift"]))
+    rows, out = {p: i for i, p in enumerate(PROMPTS)}, []
+    for part in (pairs[i:i + 50] for i in range(0, len(pairs), 50)):
+        noise = sample_noise([s for _, s in part], (DIT.in_dim, 5, 8, 8), len(times)).to(DEVICE)
+        z = few_step(net, noise, table[[rows[p] for p, _ in part]], times)
+        out += [vae.decode(b, 4) for b in z.split(10)]
+    return torch.cat(out)
+
+
+def train_student(steps: int) -> None:
+    """Distil the teacher by train.py itself: its DMD warm-up alone, on two processes, resumable like all its runs."""
+    began, out = time.time(), RUNS / "student"
+    command = ["--nproc_per_node", "2", "--master_port", str(PORT + 1), str(REPO / "train.py"), "--preset", "toy",
+               "--generator", str(OUT / "teacher.safetensors"), "--out", str(out), "--warmup_steps", str(steps),
+               "--steps", "0", "--fake_warmup", "0", "--discriminator_warmup", "0", "--samples", "0",
+               "--save_every", "50", *DMD]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], check=True, cwd=REPO)
+    vae, pairs, best = load_vae(OUT / "vae.safetensors").to(DEVICE), held_out(), None
+    for name in ("generator", "generator_ema"):
+        net = load_dit(out / f"{name}.safetensors").half().float().to(DEVICE)
+        quality = score(few_step_clips(net, vae, pairs), [p for p, _ in pairs])
+        log("student", step=steps, name=name, **quality)
+        if best is None or quality["iou"] > best[1]["iou"]:
+            best = net, quality
+    quality = {"clips": len(pairs), **{k: round(v, 4) for k, v in best[1].items()}}
+    save_dit(half(best[0].state_dict()), OUT / "student.safetensors", DIT, preset="toy", step=steps,
+             sampler=json.dumps(STUDENT), quality=json.dumps(quality),
+             recipe=f"train.py DMD warm-up, {steps} steps, {' '.join(DMD)}, {(time.time() - began) / 60:.0f} min")
+
+
+def train_measure(_: int) -> None:
+    """Score the shipped teacher and student on all held-out pairs and write the figures into their headers."""
+    vae, pairs = load_vae(OUT / "vae.safetensors").to(DEVICE), held_out()
+    for part in ("teacher", "student"):
+        path = OUT / f"{part}.safetensors"
+        if not path.exists():
+            continue
+        net = load_dit(path).to(DEVICE)
+        x = few_step_clips(net, vae, pairs) if part == "student" else sample_clips(net, vae, pairs, 50, GUIDANCE, 3.)
+        quality = {k: round(v, 4) for k, v in score(x, [p for p, _ in pairs]).items()}
+        log("measure", part=part, clips=len(pairs), **quality)
+        with safe_open(path, "pt") as file:
+            state, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
+        meta["quality"] = json.dumps({"clips": len(pairs), **quality})
+        save_file(state, path.with_suffix(".part"), metadata=meta)
+        os.replace(path.with_suffix(".part"), path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

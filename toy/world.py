@@ -8,7 +8,7 @@ The adverb decides the speed: "slowly" and "quickly" name a range, no adverb dra
 of the clips hardly move. A mode-seeking student may keep the still half of that mix and lose the rest; that is the
 effect this world is made to show. `motion_rich=True` draws only the fast range: the discriminator's real clips.
 
-Everything is a function of an integer seed; axes and ranges are model.py's (pixels in [-1, 1], flow in px/frame, (x, y)).
+Everything is a function of an integer seed. Axes and ranges are model.py's: pixels in [-1, 1], flow (x, y) in px/frame.
 """
 import math
 from typing import NamedTuple
@@ -39,7 +39,7 @@ class Clip(NamedTuple):
     position: Tensor                                                        # [B, T, 2] centroid (x, y), px
     velocity: Tensor                                                        # [B, 2] px/frame, constant in time
     coverage: Tensor                                                        # [B, T, H, W] the shape's share of a pixel
-    attributes: Tensor                                                      # [B, 4] indices: colour, shape, direction, adverb
+    attributes: Tensor                                                      # [B, 4] as `prompt` takes them
     radius: Tensor                                                          # [B] px
 
 
@@ -79,9 +79,10 @@ def distance(shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
 
 
 def silhouette(shape: Tensor, position: Tensor, radius: Tensor) -> Tensor:
-    """Share of each pixel that the shape covers. shape [B], position [B, T, 2] px, radius [B] or [B, T] -> [B, T, H, W]."""
+    """Share of each pixel that the shape [B] covers; position [B, T, 2], radius [B] or [B, T], px -> [B, T, H, W]."""
     axis = torch.arange(SIZE, dtype=torch.float32, device=position.device)
-    x, y = axis[None, None, None, :] - position[..., 0, None, None], axis[None, None, :, None] - position[..., 1, None, None]
+    x = axis[None, None, None, :] - position[..., 0, None, None]
+    y = axis[None, None, :, None] - position[..., 1, None, None]
     radius = radius.view(len(radius), -1, 1, 1)
     out = torch.empty(*position.shape[:2], SIZE, SIZE, device=position.device)
     for index in range(len(SHAPES)):                # one shape at a time: a third of the arithmetic of torch.where
@@ -112,7 +113,8 @@ def draw(seed: int, motion_rich: bool) -> tuple[list[int], list[float]]:
     still, slow = (0., 0.) if motion_rich else MIX
     low, high = (STILL if u[4] < still else SLOW if u[4] < slow else FAST, SLOW, FAST)[adverb]
     angle = math.atan2(*list(DIRECTIONS.values())[direction][::-1]) + (2 * u[6] - 1) * VEER
-    return [colour, shape, direction, adverb], [low + u[5] * (high - low), angle, RADIUS[0] + u[7] * (RADIUS[1] - RADIUS[0]), *u[8:13]]
+    radius = RADIUS[0] + u[7] * (RADIUS[1] - RADIUS[0])
+    return [colour, shape, direction, adverb], [low + u[5] * (high - low), angle, radius, *u[8:13]]
 
 
 def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.device = "cpu") -> Clip:
@@ -132,13 +134,13 @@ def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.devic
 
 
 def paint(colour: Tensor, tint: Tensor, position: Tensor, radius: Tensor, coverage: Tensor) -> Tensor:
-    """Lay a lit shape of `colour` [B, 3] over the room tinted `tint` [B, 3].            -> [B, 3, T, H, W] in [-1, 1]"""
+    """Lay a lit shape of `colour` [B, 3] over the room tinted `tint` [B, 3].  -> [B, 3, T, H, W] in [-1, 1]"""
     axis = torch.arange(SIZE, dtype=torch.float32, device=coverage.device)
     lit = (position[..., 0, None, None] - axis) + (position[..., 1, None, None] - axis[:, None])  # [B, T, H, W]
     light = 1 + .08 * (lit / radius[:, None, None, None]).clamp(-1.5, 1.5)
     room = tint[:, :, None, None] + wallpaper().to(tint.device)                                   # [B, 3, H, W]
-    room = room[:, :, None]
-    return torch.lerp(room, light[:, None] * colour[:, :, None, None, None], coverage[:, None]).clamp_(0, 1).mul_(2).sub_(1)
+    shape = light[:, None] * colour[:, :, None, None, None]                                       # [B, 3, T, H, W]
+    return torch.lerp(room[:, :, None], shape, coverage[:, None]).clamp_(0, 1).mul_(2).sub_(1)
 
 
 def clip(seed: int, motion_rich: bool = False) -> Clip:
@@ -181,8 +183,8 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
 
     Returns, per clip: colour, shape, direction (indices as in `attributes`), iou (with the best ideal silhouette),
     blobs (most in any frame; 0 if some frame has none), one_blob (bool), position [B, T, 2] px, area [B, T] px,
-    velocity [B, 2] and net_speed (end to end), path_speed (mean length of a step), px/frame, and jitter (mean length of the
-    second difference of position, px/frame^2).
+    velocity [B, 2] and net_speed (end to end), path_speed (mean length of a step), px/frame, and jitter (mean length
+    of the second difference of position, px/frame^2).
     """
     rgb = pixels.clamp(-1, 1).add(1).div(2)
     mask = rgb.amax(1) - rgb.amin(1) > CHROMA                                                     # [B, T, H, W]
@@ -197,8 +199,8 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
     blobs = torch.where((blobs == 0).any(1), 0., blobs.amax(1))
     step, velocity = position.diff(dim=1), (position[:, -1] - position[:, 0]) / (area.shape[1] - 1)
     compass = torch.tensor(list(DIRECTIONS.values()), device=mean.device)
-    return {"colour": (F.normalize(mean, dim=1) @ palette.T).argmax(1), "shape": scores.argmax(1), "iou": scores.amax(1),
-            "direction": (velocity @ compass.T).argmax(1), "position": position, "area": area, "velocity": velocity,
+    return {"colour": (F.normalize(mean, dim=1) @ palette.T).argmax(1),
+            "shape": scores.argmax(1), "iou": scores.amax(1), "direction": (velocity @ compass.T).argmax(1), "position": position, "area": area, "velocity": velocity,
             "net_speed": velocity.norm(dim=1), "path_speed": step.norm(dim=2).mean(1),
             "jitter": step.diff(dim=1).norm(dim=2).mean(1), "blobs": blobs, "one_blob": blobs == 1}
 
@@ -208,7 +210,7 @@ def score(pixels: Tensor, prompts: list[str]) -> dict[str, float]:
 
     direction counts every clip whose prompt names a speed, and of the others those that move (net speed over STILL);
     speed_error is the relative distance of the mean net speed from the range's mean, for slowly and for quickly;
-    dynamic is the share with a net speed over 1 px/frame, still the share under .25, both over prompts without an adverb.
+    dynamic is the share with a net speed over 1 px/frame, still the share under .25, both of prompts without an adverb.
     """
     seen, named = track(pixels), torch.tensor([attributes(p) for p in prompts], device=pixels.device)
     right = {n: (seen[n] == named[:, i]).float() for i, n in enumerate(("colour", "shape", "direction"))}
@@ -217,7 +219,8 @@ def score(pixels: Tensor, prompts: list[str]) -> dict[str, float]:
     plain = adverb == 0
     out = {"colour": right["colour"], "shape": right["shape"], "direction": right["direction"][moves],
            "one_blob": seen["one_blob"].float(), "iou": seen["iou"], "jitter": seen["jitter"],
-           "net_speed": speed, "path_speed": seen["path_speed"], "slowly": speed[adverb == 1], "quickly": speed[adverb == 2],
+           "net_speed": speed, "path_speed": seen["path_speed"],
+           "slowly": speed[adverb == 1], "quickly": speed[adverb == 2],
            "plain_speed": speed[plain], "dynamic": (speed[plain] > 1).float(), "still": (speed[plain] < .25).float()}
     out = {name: value.mean().item() for name, value in out.items()}
     out["slowly_error"] = out["slowly"] / (sum(SLOW) / 2) - 1
