@@ -1,9 +1,9 @@
-"""The Wan2.1 video VAE, chunk-recurrent: 1 + 4k frames [B, 3, T, H, W] in [-1, 1] <-> k + 1 latents [B, C, f, h, w].
+"""The Wan2.1 video VAE, chunk-recurrent: 1 + 4k frames [B, 3, T, H, W] in [-1, 1] <-> 1 + k latents.
 
-Every temporal convolution is causal, so a clip passes through in chunks, the last input frames of each convolution being all
-that a chunk needs of its past. Here that state is a value: `run` maps (x, state) -> (y, state) through a stack of layers and
-nothing is stored on a module. Hence a chunk can be checkpointed, a gradient stops where the state is detached, and nothing
-after a window need be decoded.
+Every temporal convolution is causal, so a clip passes through in chunks, the last input frames of each convolution
+being all that a chunk needs of its past. Here that state is a value: `run` maps (x, state) -> (y, state) through a
+stack of layers and nothing is stored on a module. Hence a chunk can be checkpointed, a gradient stops where the
+state is detached, and nothing after a window need be decoded.
 Module attributes carry the official checkpoint's names (numbers included), so that loading is strict.
 """
 
@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from model import assign, read_state_dict, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: (x [B, C, T, H, W], past, after) -> y. Each takes its entries of the old state from the iterator `past`, None where
-# a clip starts, and appends those of the new state to the list `after`.
+# Layers: (x [B, C, T, H, W], past, after) -> y. Each takes its entries of the old state from the iterator `past`,
+# None where a clip starts, and appends those of the new state to the list `after`.
 
 
 def channels_last(x):
@@ -47,8 +47,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))
 
     def forward(self, x):
-        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return (x * (x.shape[1] ** 0.5 / length.clamp_min(1e-12)).to(x.dtype)).mul_(self.gamma)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
+        return (x * (x.shape[1] ** 0.5 / length).to(x.dtype)).mul_(self.gamma)
 
 
 def norm_silu(norm, x):
@@ -58,8 +59,8 @@ def norm_silu(norm, x):
 def stream(conv, x, last, after):
     """A causal convolution of x that goes on where the previous chunk ended: the one place where time passes.
 
-    last: the final frames of that chunk's input to conv, [B, C, 2, H, W] (one frame if conv halves T), or None where a clip
-    starts, which stands for zeros. Those of x are appended to `after`. Returns y.
+    last: the final frames of that chunk's input to conv, [B, C, 2, H, W] (one frame if conv halves T), or None where
+    a clip starts, which stands for zeros. Those of x are appended to `after`. Returns y.
     """
     if last is None:
         # A first chunk is one frame after zeros: only the last temporal tap sees anything.
@@ -72,21 +73,26 @@ def stream(conv, x, last, after):
     return channels_last(F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding))
 
 
-def causal_conv(dim, out_dim):
-    return nn.Conv3d(dim, out_dim, 3, padding=(0, 1, 1))  # time is padded by `stream`
+class CausalConv(nn.Conv3d):
+    def __init__(self, dim, out_dim):
+        super().__init__(dim, out_dim, 3, padding=(0, 1, 1))  # time is padded by the past
+
+    def forward(self, x, past, after):
+        return stream(self, x, next(past), after)
 
 
 class ResBlock(nn.Module):
     def __init__(self, dim, out_dim):
         super().__init__()
-        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": causal_conv(dim, out_dim),
-                                       "3": RMSNorm(out_dim), "6": causal_conv(out_dim, out_dim)})
+        self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim),
+                                       "3": RMSNorm(out_dim), "6": CausalConv(out_dim, out_dim)})
         self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
 
     def forward(self, x, past, after):
         norm1, conv1, norm2, conv2 = self.residual.values()
-        # Nested, so that no name keeps what lies between the convolutions alive during the second.
-        y = stream(conv2, norm_silu(norm2, stream(conv1, norm_silu(norm1, x), next(past), after)), next(past), after)
+        # One expression, so that no name keeps what lies between the convolutions alive during the second.
+        y = stream(conv2, norm_silu(norm2, stream(conv1, norm_silu(norm1, x), next(past), after)),
+                   next(past), after)
         return y.add_(self.shortcut(x))
 
 
@@ -131,12 +137,12 @@ def upsample_conv(conv, x):
 
     Doubled pixels repeat, so the nine taps fall on four inputs: 2.25 times less work, and the doubled x never exists.
     """
-    weight = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)  # [out, in, 4, 4]: sums of taps
+    weight = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)  # [out, in, 4, 4]
     return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
 
 
 class Up(nn.Module):
-    """Double H and W and halve C; if temporal first double T, except on the first frame, which also leaves no state."""
+    """Double H and W and halve C; if temporal first double T, except on the first frame, whose state is zero."""
 
     def __init__(self, dim, temporal):
         super().__init__()
@@ -148,23 +154,15 @@ class Up(nn.Module):
         if self.time_conv and last is None:
             after.append(torch.zeros_like(torch.cat([x, x], dim=2)))
         elif self.time_conv:
-            y = stream(self.time_conv, x, last, after)                            # [B, 2 C, T, H, W], even | odd frames
+            y = stream(self.time_conv, x, last, after)                            # [B, 2 C, T, H, W]: even | odd
             y = y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).movedim(4, 2)      # [B, T, 2, H, W, C]
             x = channels_last(y.flatten(1, 2).permute(0, 4, 1, 2, 3))             # [B, C, 2 T, H, W]
         return channels_last(clips(upsample_conv(self.resample["1"], frames(x)), len(x)))
 
 
-class Stem(nn.Conv3d):
-    def __init__(self, dim, out_dim):
-        super().__init__(dim, out_dim, 3, padding=(0, 1, 1))
-
-    def forward(self, x, past, after):
-        return stream(self, x, next(past), after)
-
-
 class Head(nn.ModuleDict):
     def __init__(self, dim, out_dim):
-        super().__init__({"0": RMSNorm(dim), "2": causal_conv(dim, out_dim)})
+        super().__init__({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim)})
 
     def forward(self, x, past, after):
         return stream(self["2"], norm_silu(self["0"], x), next(past), after)
@@ -184,15 +182,16 @@ def run(layers, x, state, remat_blocks=False):
     past = itertools.repeat(None) if state is None else iter(state)
     for layer in layers:
         if remat_blocks and isinstance(layer, ResBlock):
-            x, states = checkpoint(run, [layer], x, [next(past), next(past)], use_reentrant=False, preserve_rng_state=False)
-            after += states
+            x, pair = checkpoint(run, [layer], x, [next(past), next(past)],
+                                 use_reentrant=False, preserve_rng_state=False)
+            after += pair
         else:
             x = layer(x, past, after)
     return x, after
 
 
 def handed_over(items):
-    """Iterate over a list while emptying it, so that an old state is freed as soon as its layer has made the new one."""
+    """Iterate over a list while emptying it: an old state is freed as soon as its layer has made the new one."""
     while items:
         yield items.pop(0)
 
@@ -200,14 +199,17 @@ def handed_over(items):
 def scan(layers, x, state, sizes, remat="pass"):
     """Advance layers over x in chunks of `sizes` frames: (x, state) -> (y, state) as in `run`.
 
-    remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none" neither.
+    remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none"
+    neither.
     """
     assert remat in ("none", "pass", "block"), remat
     out, state = [], state and list(state)
-    grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for layer in layers for p in layer.parameters()))
+    trainable = any(p.requires_grad for layer in layers for p in layer.parameters())
+    grad = torch.is_grad_enabled() and (x.requires_grad or trainable)
     for chunk in x.split(sizes, dim=2):
         if grad and remat != "none":
-            y, state = checkpoint(run, layers, chunk, state, remat == "block", use_reentrant=False, preserve_rng_state=False)
+            y, state = checkpoint(run, layers, chunk, state, remat == "block",
+                                  use_reentrant=False, preserve_rng_state=False)
         else:
             y, state = run(layers, chunk, state and handed_over(state))
         out.append(y)
@@ -215,21 +217,25 @@ def scan(layers, x, state, sizes, remat="pass"):
 
 
 def chunk_sizes(length, step, first):
-    """Sizes of the passes over `length` frames: at a clip's start frame 0 alone, which no time_conv resamples; then `step` each."""
+    """Sizes of the passes over `length` frames: first frame 0 alone, which no time_conv resamples, then `step` each."""
     rest = length - first
     return [1] * first + [step] * (rest // step) + [rest % step] * (rest % step > 0)
+
+
+def middle(dim):
+    return [ResBlock(dim, dim), Attention(dim), ResBlock(dim, dim)]
 
 
 class Encoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dims = [cfg.dim * m for m in (1, *cfg.dim_mult)]
-        self.conv1, self.downsamples = Stem(3, dims[0]), nn.ModuleList()
+        self.conv1, self.downsamples = CausalConv(3, dims[0]), nn.ModuleList()
         for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
             self.downsamples.extend(ResBlock(dim if j == 0 else out_dim, out_dim) for j in range(cfg.res_blocks))
             if i < len(cfg.temporal_down):
                 self.downsamples.append(Down(out_dim, cfg.temporal_down[i]))
-        self.middle = nn.ModuleList([ResBlock(out_dim, out_dim), Attention(out_dim), ResBlock(out_dim, out_dim)])
+        self.middle = nn.ModuleList(middle(out_dim))
         self.head = Head(out_dim, 2 * cfg.z_dim)
 
     def layers(self):
@@ -240,8 +246,8 @@ class Decoder(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         dims = [cfg.dim * m for m in (cfg.dim_mult[-1], *cfg.dim_mult[::-1])]
-        self.conv1 = Stem(cfg.z_dim, dims[0])
-        self.middle = nn.ModuleList([ResBlock(dims[0], dims[0]), Attention(dims[0]), ResBlock(dims[0], dims[0])])
+        self.conv1 = CausalConv(cfg.z_dim, dims[0])
+        self.middle = nn.ModuleList(middle(dims[0]))
         self.upsamples = nn.ModuleList()
         for i, (dim, out_dim) in enumerate(zip(dims, dims[1:])):
             dim = dim // 2 if i else dim  # the Up before it halved the channels
@@ -276,7 +282,7 @@ WAN = VAEConfig(
     latents_std=(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                  3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160))
 CONFIGS = {
-    "toy": VAEConfig(dim=8, z_dim=16, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16, res_blocks=1),
+    "toy": VAEConfig(dim=8, z_dim=8, latents_mean=(0.0,) * 8, latents_std=(1.0,) * 8, res_blocks=1),
     "wan1.3b": WAN,
     "wan14b": WAN,
 }
@@ -286,8 +292,9 @@ class WanVAE(nn.Module):
     """Wan2.1's causal video autoencoder (Wan-Video/Wan2.1), strides 4 x 8 x 8.
 
     Computes in the weights' dtype and answers in the input's. Arguments that all methods share:
-    latents_per_pass: how many latents (4 frames each) go through at once after the first, which goes alone. More is
-        faster and takes more memory; the result differs by rounding only.
+    latents_per_pass: how many latents (4 frames each) go through at once after the first, which goes alone. The result
+        differs by rounding only. More means more memory, less overhead for small frames and fewer states kept for
+        the backward pass (one a pass: 1.9 GB of bf16 at 480x832); `remat="block"` bounds what a pass recomputes.
     remat: what is recomputed in the backward pass instead of kept, see `scan`.
     """
 
@@ -300,14 +307,15 @@ class WanVAE(nn.Module):
 
     def mean_std(self, z):
         """The latents' mean and std, fp32, to broadcast against z."""
-        return [torch.tensor(v, device=z.device).view(-1, 1, 1, 1) for v in (self.cfg.latents_mean, self.cfg.latents_std)]
+        cfg = self.cfg
+        return [torch.tensor(v, device=z.device).view(-1, 1, 1, 1) for v in (cfg.latents_mean, cfg.latents_std)]
 
     def moments(self, x, latents_per_pass=1, remat="pass"):
-        """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; for training a VAE. Checks x as encode does."""
+        """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; takes what encode takes."""
         if x.ndim != 5 or x.shape[1] != 3 or x.shape[2] % 4 != 1:
             raise ValueError(f"expected a clip [B, 3, 1 + 4k, H, W], got {list(x.shape)}: cut it to 1 + 4k frames")
         if x.shape[3] % 8 or x.shape[4] % 8:
-            raise ValueError(f"expected sides divisible by 8, got {x.shape[3]}x{x.shape[4]}: crop or resize the clip")
+            raise ValueError(f"expected sides divisible by 8, got {x.shape[3]}x{x.shape[4]}: crop or resize it")
         sizes = chunk_sizes(x.shape[2], 4 * latents_per_pass, first=True)
         y, _ = scan(self.encoder.layers(), x.to(self.conv1.weight.dtype), None, sizes, remat)
         return self.conv1(y).chunk(2, dim=1)
@@ -323,10 +331,11 @@ class WanVAE(nn.Module):
     def advance(self, z, state=None, latents_per_pass=1, remat="pass"):
         """Decode the latents z that follow those behind `state` (None: a clip starts): (z, state) -> (x, state). Pure.
 
-        z: [B, C, n, h, w] normalised. x: [B, 3, 4n, 8h, 8w], 4n - 3 frames at a clip's start. A state may be used again.
+        z: [B, C, n, h, w] normalised. x: [B, 3, 4n, 8h, 8w], 4n - 3 frames at a clip's start. A state may be reused.
         """
         if z.ndim != 5 or z.shape[1] != self.cfg.z_dim or not z.shape[2]:
-            raise ValueError(f"expected latents [B, {self.cfg.z_dim}, f, h, w], got {list(z.shape)}: another VAE's?")
+            raise ValueError(f"expected latents [B, {self.cfg.z_dim}, f, h, w], got {list(z.shape)}: are they "
+                             "another VAE's?")
         mean, std = self.mean_std(z)
         y = self.conv2((z * std + mean).to(self.conv2.weight.dtype))
         sizes = chunk_sizes(z.shape[2], latents_per_pass, first=state is None)
@@ -334,22 +343,26 @@ class WanVAE(nn.Module):
         return x.to(z.dtype), state
 
     def decode(self, z, latents_per_pass=1, remat="pass"):
-        """Pixels x [B, 3, T, H, W] of normalised latents z [B, C, f, h, w]; about [-1, 1], not clamped (a clamp has no gradient)."""
+        """Pixels x [B, 3, T, H, W] of normalised latents z [B, C, f, h, w].
+
+        About [-1, 1] and not clamped: a clamp has no gradient.
+        """
         return self.advance(z, None, latents_per_pass, remat)[0]
 
     def decode_window(self, z, start, chunks, latents_per_pass=1, remat="pass"):
-        """1 + 4 chunks frames of z [B, C, f, h, w]: a boundary frame, then 4 frames of each latent start + 1 .. start + chunks.
+        """The 1 + 4 chunks frames of a window of z [B, C, f, h, w]: a boundary frame, then whole latents.
 
-        The boundary frame is the last one of latent `start`. Truncated BPTT: latents 0 .. start run under no_grad, and the state
-        they leave carries no gradient, which makes the gradient exact for the window's latents and zero for all before. With
-        start = 0 the boundary frame is frame 0 and its latent belongs to the window. Latents after the window are never
-        decoded. Pixels as from decode. Raises ValueError if the window does not fit into z.
+        The boundary frame is the last one of latent `start`; latents start + 1 .. start + chunks give 4 frames each.
+        Truncated BPTT: latents 0 .. start run under no_grad and the state they leave carries no gradient, which
+        makes the gradient exact for the latents inside and zero for those before. With start = 0 the boundary is
+        frame 0 and its latent lies inside. Nothing after the window is decoded. Pixels as from decode.
+        Raises ValueError if the window does not fit into z.
         """
         # CHOICE: the paper's "12 latent chunks = 49 frames" is read as 12 chunks of 4 frames and the frame before them.
         end = start + 1 + chunks
         if start < 0 or chunks < 1 or end > z.shape[2]:
-            raise ValueError(f"expected 0 <= start and 1 <= chunks <= latents - start - 1, got start {start}, chunks {chunks} "
-                             f"and {z.shape[2]} latents: choose an earlier or shorter window")
+            raise ValueError(f"expected 0 <= start and 1 <= chunks <= latents - start - 1, got start {start}, "
+                             f"chunks {chunks} and {z.shape[2]} latents: choose an earlier or shorter window")
         if start == 0:
             return self.decode(z[:, :, :end], latents_per_pass, remat)
         with torch.no_grad():
@@ -363,9 +376,11 @@ class WanVAE(nn.Module):
 # Weight files
 
 
-FROM_DIFFUSERS = [  # applied in order, the blocks' own conv1 before the networks' conv_in becomes conv1
-    (r"(blocks\.\d+|resnets\.\d+)\.norm1\.", r"\1.residual.0."), (r"(blocks\.\d+|resnets\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"(blocks\.\d+|resnets\.\d+)\.norm2\.", r"\1.residual.3."), (r"(blocks\.\d+|resnets\.\d+)\.conv2\.", r"\1.residual.6."),
+FROM_DIFFUSERS = [  # applied in order: the residual blocks' conv1 goes before conv_in becomes conv1
+    (r"((?:blocks|resnets)\.\d+)\.norm1\.", r"\1.residual.0."),
+    (r"((?:blocks|resnets)\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"((?:blocks|resnets)\.\d+)\.norm2\.", r"\1.residual.3."),
+    (r"((?:blocks|resnets)\.\d+)\.conv2\.", r"\1.residual.6."),
     (r"\.conv_shortcut\.", ".shortcut."), (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
     (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
     (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
@@ -377,15 +392,19 @@ def official_vae(state):
     """A VAE state dict of the official or the diffusers layout under the official keys."""
     if "quant_conv.weight" not in state:
         return state
-    blocks = sum(re.fullmatch(r"decoder\.up_blocks\.0\.resnets\.\d+\.conv1\.weight", key) is not None for key in state)
-    flat = lambda m: f"decoder.upsamples.{int(m[1]) * (blocks + 1) + int(m[2] or blocks)}."  # diffusers nests the levels
-    return rename(state, FROM_DIFFUSERS + [(r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\.", flat)])
+    blocks = len({key.split(".")[4] for key in state if key.startswith("decoder.up_blocks.0.resnets.")})
+
+    def flat(m):  # diffusers nests the levels
+        return f"decoder.upsamples.{int(m[1]) * (blocks + 1) + int(m[2] or blocks)}."
+    nested = r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\."
+    return rename(state, [*FROM_DIFFUSERS, (nested, flat)])
 
 
 def vae_config(state, meta, path):
-    """The architecture of a file: from our header, diffusers' config.json beside it, or the shapes with Wan's normalisation."""
+    """A file's architecture: its header, else its shapes and the mean and std of a config.json beside it or of Wan."""
     if "config" in meta:
-        return VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(meta["config"]).items()})
+        config = json.loads(meta["config"])
+        return VAEConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
     try:
         dim, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
         last = max(int(key.split(".")[2]) for key in state if key.startswith("decoder.upsamples."))
@@ -395,8 +414,10 @@ def vae_config(state, meta, path):
     given = json.loads(beside.read_text()) if beside.exists() else {}
     mean, std = given.get("latents_mean", WAN.latents_mean), given.get("latents_std", WAN.latents_std)
     if not len(mean) == len(std) == z_dim:
-        raise ValueError(f"{path} has {z_dim} latent channels and says nothing of their mean and std: save it with save_vae")
-    return VAEConfig(dim, z_dim, tuple(mean), tuple(std), res_blocks=(last + 1 - len(WAN.temporal_down)) // 4 - 1)
+        raise ValueError(f"expected {z_dim} latent means and stds for {path}, got {len(mean)} and {len(std)}: "
+                         "save it with save_vae, or put its config.json beside it")
+    levels = len(WAN.dim_mult)
+    return VAEConfig(dim, z_dim, tuple(mean), tuple(std), res_blocks=(last + 1 - (levels - 1)) // levels - 1)
 
 
 def load_vae(path, dtype=torch.float32):
@@ -406,7 +427,8 @@ def load_vae(path, dtype=torch.float32):
     """
     path = Path(path)
     if path.is_dir():
-        names = ["vae.safetensors", "Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors"]
+        names = ["vae.safetensors", "Wan2.1_VAE.pth", "vae/diffusion_pytorch_model.safetensors",
+                 "diffusion_pytorch_model.safetensors"]
         found = [path / name for name in names if (path / name).exists()]
         if not found:
             raise ValueError(f"expected a VAE in {path}: none of {', '.join(names)} is there (README, 'Full size')")
@@ -415,8 +437,8 @@ def load_vae(path, dtype=torch.float32):
     state = official_vae(state)
     with torch.device("meta"):
         vae = WanVAE(vae_config(state, meta, path))
-    # Without the layout every convolution would reorder its weights anew.
-    state = {key: channels_last(value.to(dtype)) if value.ndim == 5 else value.to(dtype) for key, value in state.items()}
+    # In another layout every convolution would reorder its weights anew.
+    state = {key: channels_last(v.to(dtype)) if v.ndim == 5 else v.to(dtype) for key, v in state.items()}
     return assign(vae, state, path).requires_grad_(False).eval()
 
 
