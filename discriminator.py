@@ -1,7 +1,8 @@
-"""The motion discriminator: optical flow as a three-channel video, seen through the first blocks of the pretrained DiT.
+"""The motion discriminator: optical flow as a three-channel video, seen by the first blocks of the DiT.
 
-flow [B, 2, T-1, H, W] -> motion_tensor -> o [B, 3, T, H, W] -> vae.encode -> latents [B, C, f, h, w] -> MotionDiscriminator -> [B].
-Appearance never enters: the only thing that tells real from generated is how things move (paper Sec. 4.3, App. A).
+flow [B, 2, T-1, H, W] -> motion_tensor -> o [B, 3, T, H, W] -> vae.encode -> latents [B, C, f, h, w]
+                       -> MotionDiscriminator -> [B].
+Appearance never enters: real and generated differ only in how things move (paper Sec. 4.3, App. A).
 """
 
 from dataclasses import replace
@@ -12,25 +13,25 @@ import torch.nn.functional as F
 
 from model import Attention, WanDiT
 
-PROMPT = "a video with good motion"  # paper App. A; CHOICE: without the full stop, which is there in only one of its two places
+PROMPT = "a video with good motion"  # paper App. A; CHOICE: no full stop, as in one of its two places
 
 
 def motion_tensor(flow, scale=16.0):
-    """The motion representation o [B, 3, T, H, W] in (-1, 1) of a flow [B, 2, T-1, H, W] in pixels per frame (paper App. A).
+    """The motion representation o [B, 3, T, H, W] in (-1, 1) of a flow [B, 2, T-1, H, W] in pixels per frame.
 
-    The last flow is repeated, so that T = 1 + 4k like the video; the third channel is the magnitude.
-    scale: the speed in pixels per frame that maps to 0.71, one number for real and generated clips alike.
+    The last flow is repeated, so that T = 1 + 4k like the video; the third channel is the magnitude (App. A).
+    scale: the speed in pixels per frame that maps to 0.71, the same for real and generated clips.
     """
     flow = torch.cat([flow, flow[:, :, -1:]], dim=2)                              # [B, 2, T, H, W]
-    # CHOICE: flow / sqrt(scale^2 + |flow|^2); the paper gives no range and the VAE expects [-1, 1]. It keeps direction, and
-    # unlike a clamp it keeps a gradient for fast motion.
-    squared = flow.square().sum(dim=1, keepdim=True) + 1e-6                       # no infinite slope where nothing moves
+    # CHOICE: flow / sqrt(scale^2 + |flow|^2); the paper gives no range and the VAE expects [-1, 1]. It keeps
+    # direction and, unlike a clamp, a gradient for fast motion. 1e-6 bounds the slope where nothing moves.
+    squared = flow.square().sum(dim=1, keepdim=True) + 1e-6
     bound = (squared + scale**2).rsqrt()
     return torch.cat([flow * bound, 2 * squared.sqrt() * bound - 1], dim=1)       # [B, 3, T, H, W]
 
 
 class PredictionHead(nn.Module):
-    """A learned token cross-attends to one block's output and passes a small MLP (the heads of APT, arXiv 2501.08316)."""
+    """A learned token cross-attends to one block's output, then a small MLP (as in APT, arXiv 2501.08316)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -47,30 +48,34 @@ class PredictionHead(nn.Module):
 
 
 class MotionDiscriminator(nn.Module):
-    """First `depth` blocks of a WanDiT with heads after blocks `taps`; motion latents in, one logit a clip out (paper Fig. 2)."""
+    """First `depth` blocks of a WanDiT with heads after `taps`: motion latents to one logit (Fig. 2)."""
 
     def __init__(self, cfg, depth=16, taps=(7, 13, 15)):
         super().__init__()
         if not 0 <= min(taps) <= max(taps) < depth <= cfg.layers:
-            raise ValueError(f"expected taps below depth {depth} and depth at most {cfg.layers}, the DiT's layers, got taps {taps}")
+            raise ValueError(f"expected taps below depth {depth} and depth at most {cfg.layers}, the DiT's "
+                             f"layers, got taps {taps}")
         self.taps = taps  # CHOICE: 0-based, so that 15 is the last of 16 blocks
         self.trunk = WanDiT(replace(cfg, layers=depth))
         del self.trunk.head
         self.heads = nn.ModuleList(PredictionHead(cfg) for _ in taps)
-        self.logit = nn.Sequential(nn.LayerNorm(len(taps) * cfg.dim), nn.Linear(len(taps) * cfg.dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, 1))
+        self.logit = nn.Sequential(
+            nn.LayerNorm(len(taps) * cfg.dim), nn.Linear(len(taps) * cfg.dim, cfg.dim), nn.SiLU(),
+            nn.Linear(cfg.dim, 1))
 
     def forward(self, o, t, context):
-        """Logits [B] fp32 of motion latents o [B, C, f, h, w]; t [B], the paper's t* = 0; context [B, text_len, text_dim] of PROMPT."""
+        """Logits [B] fp32 of motion latents o [B, C, f, h, w]; t [B], the paper's t* = 0; context of PROMPT."""
         x, _, e0, context, rope = self.trunk.embed(o, t, context)
         tokens, heads = [], iter(self.heads)
         for i, block in enumerate(self.trunk.blocks):
             x = block(x, e0, context, rope)
             if i in self.taps:
                 tokens.append(next(heads)(x))
-        return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)  # not a view, which FSDP's hooks mistrust
+        return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)  # no view: FSDP's hooks mistrust those
 
     def load_trunk(self, dit):
-        """Copy the trunk from a pretrained WanDiT (at least as deep) and return self; the heads keep their own initialisation."""
+        """Copy the trunk from a WanDiT at least as deep and return self; the heads stay as they are."""
         mine = self.trunk.state_dict()
-        self.trunk.load_state_dict({key: value.clone() for key, value in dit.state_dict().items() if key in mine}, assign=True)
+        state = {key: value.clone() for key, value in dit.state_dict().items() if key in mine}
+        self.trunk.load_state_dict(state, assign=True)
         return self

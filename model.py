@@ -1,11 +1,12 @@
 """Wan2.1 text-to-video DiT, flow matching, the few-step sampler, the text encoder, and their weight files.
 
 Conventions, true in every file of this repository:
-  axes    [B, C, T, H, W]. UPPER case is the pixel grid, lower case the latent grid (f, h, w): T = 1 + 4 (f - 1), H = 8 h,
-          W = 8 w. L tokens, D width, N heads.
-  time    t in [0, 1], 0 = data, 1 = noise: z_t = (1 - t) z0 + t noise, v = noise - z0. The x1000 of the checkpoints
-          happens once, inside the DiT. (The paper uses both directions: Sec. 3.1 has noise at 0, Alg. 1 l.6 data at 0.)
-  range   pixels in [-1, 1]; latents normalised by the VAE's mean and std; flow in pixels per frame, channels (u, v) = (x, y).
+  axes    [B, C, T, H, W]. UPPER case is the pixel grid, lower case the latent grid (f, h, w):
+          T = 1 + 4 (f - 1), H = 8 h, W = 8 w. L tokens, D width, N heads.
+  time    t in [0, 1], 0 = data, 1 = noise: z_t = (1 - t) z0 + t noise, v = noise - z0. The checkpoints' factor
+          1000 enters once, inside the DiT. (The paper's Sec. 3.1 has noise at 0, its Alg. 1 l.6 data at 0.)
+  range   pixels in [-1, 1]; latents normalised by the VAE's mean and std; flow in pixels per frame, channels
+          (u, v) = (x, y).
 Module attributes carry the official checkpoint's names, so that loading is strict and needs no converter.
 """
 
@@ -41,7 +42,7 @@ NEGATIVE_PROMPT = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Flow matching and the few-step sampler
 
 
@@ -69,8 +70,9 @@ def shift_time(u, shift):
 def few_step_times(steps=(1000, 757, 522), shift=8.0, warp=False):
     """The sampler's (t, sigma) pairs: t is what the network is told, sigma what the noise level is.
 
-    steps: network timesteps in 0..1000. warp=False: they are used as they stand and sigma is the nearest level of the shifted
-    1000-step grid (for 1000, 757, 522 at shift 8: 1, 28/37, 12/23). warp=True: they index that grid (Self-Forcing).
+    steps: network timesteps in 0..1000. warp=False: they are used as they stand, and sigma is the nearest
+    level of the shifted 1000-step grid (for 1000, 757, 522 at shift 8: 1, 28/37, 12/23). warp=True: they index
+    that grid (Self-Forcing).
     """
     if warp:
         return [(shift_time(s / 1000, shift), shift_time(s / 1000, shift)) for s in steps]
@@ -79,17 +81,17 @@ def few_step_times(steps=(1000, 757, 522), shift=8.0, warp=False):
 
 
 def sample_noise(seeds, shape, steps):
-    """Noise of every step of every sample, [steps, B, *shape]; one generator a sample, so a batch's size changes nothing."""
+    """Noise of every step of every sample, [steps, B, *shape]; one generator a sample, whatever the batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(steps, *shape, generator=g) for g in generators], dim=1)
 
 
 def few_step(generator, noise, context, times, stop=None):
-    """Sample with a few-step generator; in training, the backward simulation of Alg. 1 l.4 (DMD2) by the same function.
+    """Sample with a few-step generator; in training, also the backward simulation of Alg. 1 l.4 (DMD2).
 
-    noise: [S, B, C, f, h, w], noise[0] the start, noise[i] the re-noising before step i. times: from few_step_times.
-    stop: index of the step whose prediction is returned, default the last. Only that call carries a gradient.
-    Returns z0 [B, C, f, h, w].
+    noise: [S, B, C, f, h, w], noise[0] the start, noise[i] the re-noising before step i.
+    times: from few_step_times. stop: index of the step whose prediction is returned, default the last; only
+    that call carries a gradient. Returns z0 [B, C, f, h, w].
     """
     stop = len(times) - 1 if stop is None else stop
     z_t = noise[0]
@@ -102,7 +104,7 @@ def few_step(generator, noise, context, times, stop=None):
     return z0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Wan DiT
 
 
@@ -120,13 +122,18 @@ def sinusoid(t, dim):
 
 @functools.lru_cache(maxsize=8)
 def rope_table(f, h, w, head_dim, device):
-    """exp(i angle) of 3-D rotary positions, complex64 [f h w, 1, head_dim / 2]; h and w get 2 (head_dim // 6) dims, t the rest."""
+    """exp(i angle) of 3-D rotary positions, complex64 [f h w, 1, head_dim / 2].
+
+    h and w get 2 (head_dim // 6) dimensions each, t the rest.
+    """
     hw = 2 * (head_dim // 6)
     axes = []
     for length, dim in (f, head_dim - 2 * hw), (h, hw), (w, hw):
         freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         axes.append(torch.outer(torch.arange(length, dtype=torch.float64), freqs))
-    grid = [a.view([-1 if i == j else 1 for j in range(3)] + [a.shape[1]]).expand(f, h, w, -1) for i, a in enumerate(axes)]
+    grid = []
+    for i, a in enumerate(axes):
+        grid.append(a.view(*(-1 if i == j else 1 for j in range(3)), a.shape[1]).expand(f, h, w, -1))
     angles = torch.cat(grid, dim=3).reshape(f * h * w, 1, -1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
@@ -147,7 +154,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention (context None) or cross-attention; q and k are RMS-normed over the full width before the heads split."""
+    """Self-attention (context None) or cross-attention; q and k are RMS-normed at full width, before the split."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -167,26 +174,28 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One Wan block; `norm3` (the cross-attention's) is the only norm with parameters, as in the checkpoint."""
+    """One Wan block; `norm3`, before cross-attention, is the only norm with parameters, as in Wan."""
 
     def __init__(self, cfg):
         super().__init__()
         self.eps, self.checkpointing = cfg.eps, False
         self.self_attn, self.cross_attn = Attention(cfg), Attention(cfg)
         self.norm3 = nn.LayerNorm(cfg.dim, cfg.eps)
-        self.ffn = nn.Sequential(nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x, e0, context, rope):
-        """x [B, L, D] fp32, the residual stream; e0 [B, 6, D] fp32; context [B, text_len, D]; rope from rope_table."""
-        # The checkpoint sits inside the sharded block, so that recomputation finds its parameters already gathered.
+        """The residual stream x [B, L, D] fp32; e0 [B, 6, D] fp32; context [B, text_len, D]; a rope_table."""
+        # Checkpointing inside the sharded block: recomputation finds its parameters already gathered.
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.run, x, e0, context, rope, use_reentrant=False)
         return self.run(x, e0, context, rope)
 
     def run(self, x, e0, context, rope):
         dtype = self.ffn[0].weight.dtype
-        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = (self.modulation.float() + e0).chunk(6, dim=1)
+        modulation = (self.modulation.float() + e0).chunk(6, dim=1)
+        shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation
         y = torch.addcmul(shift_sa, F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale_sa)
         x = x + gate_sa * self.self_attn(y.to(dtype), rope=rope)
         y = F.layer_norm(x, x.shape[-1:], self.norm3.weight.float(), self.norm3.bias.float(), self.eps)
@@ -204,7 +213,8 @@ class Head(nn.Module):
 
     def forward(self, x, e):
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)
-        return linear32(self.head, torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale))
+        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=self.eps), 1 + scale)
+        return linear32(self.head, x)
 
 
 @dataclass(frozen=True)
@@ -231,7 +241,7 @@ CONFIGS = {
 class WanDiT(nn.Module):
     """Wan2.1's text-to-video diffusion transformer (Wan-Video/Wan2.1), the velocity network of flow matching.
 
-    Matrix products run in the weights' dtype; the residual stream, norms, modulation, time path and head in fp32.
+    Matrix products run in the weights' dtype; residual stream, norms, modulation, time path and head in fp32.
     """
 
     def __init__(self, cfg):
@@ -240,82 +250,89 @@ class WanDiT(nn.Module):
         self.patch_embedding = nn.Conv3d(cfg.in_dim, cfg.dim, cfg.patch, cfg.patch)
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.layers))
         self.head = Head(cfg)
 
     def forward(self, z, t, context):
-        """Velocity of z [B, C, f, h, w] at t [B] in [0, 1] under context [B, text_len, text_dim], zero-padded; same shape as z."""
+        """Velocity, shaped as z [B, C, f, h, w], at t [B] in [0, 1] and context [B, text_len, text_dim]."""
         x, e, e0, context, rope = self.embed(z, t, context)
         for block in self.blocks:
             x = block(x, e0, context, rope)
         return self.unpatchify(self.head(x, e), z.shape)
 
     def embed(self, z, t, context):
-        """Tokens x [B, L, D], time embeddings e [B, D] and e0 [B, 6, D], text [B, text_len, D], and the rope table."""
+        """Tokens x [B, L, D], time e [B, D] and e0 [B, 6, D], text [B, text_len, D], and the rope table."""
         cfg, dtype = self.cfg, self.patch_embedding.weight.dtype
         B, C, f, h, w = z.shape
         if C != cfg.in_dim or h % cfg.patch[1] or w % cfg.patch[2]:
-            raise ValueError(f"expected latents [B, {cfg.in_dim}, f, h, w] with even h and w, got {list(z.shape)}: "
-                             "pixel sides must be divisible by 16")
+            raise ValueError(f"expected latents [B, {cfg.in_dim}, f, h, w] with even h and w, got "
+                             f"{list(z.shape)}: pixel sides must be divisible by 16")
         if context.shape[1:] != (cfg.text_len, cfg.text_dim):
-            raise ValueError(f"expected a context [B, {cfg.text_len}, {cfg.text_dim}], got {list(context.shape)}: "
-                             "the text encoder and the DiT must be of one preset")
+            raise ValueError(f"expected a context [B, {cfg.text_len}, {cfg.text_dim}], got "
+                             f"{list(context.shape)}: the text encoder and the DiT must be of one preset")
         x = self.patch_embedding(z.to(dtype))                                     # [B, D, f, h/2, w/2]
         rope = rope_table(*x.shape[2:], cfg.dim // cfg.heads, x.device)
         x = x.flatten(2).transpose(1, 2).float()                                  # [B, L, D]
-        e = linear32(self.time_embedding[2], F.silu(linear32(self.time_embedding[0], sinusoid(1000 * t, cfg.freq_dim))))
+        e = linear32(self.time_embedding[0], sinusoid(1000 * t, cfg.freq_dim))
+        e = linear32(self.time_embedding[2], F.silu(e))                           # [B, D]
         e0 = linear32(self.time_projection[1], F.silu(e)).unflatten(1, (6, -1))   # [B, 6, D]
         return x, e, e0, self.text_embedding(context.to(dtype)), rope
 
     def unpatchify(self, x, shape):
-        """Head output [B, L, patch * C] -> [B, C, f, h, w]; the channel is the innermost of a token, unlike in patchify."""
+        """Head output [B, L, patch * C] -> [B, C, f, h, w]; the channel is a token's innermost axis."""
         B, C, f, h, w = shape
         pt, ph, pw = self.cfg.patch
         x = x.view(B, f // pt, h // ph, w // pw, pt, ph, pw, C)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(shape)
 
     def init_weights(self):
-        """Wan's own initialisation, for training from nothing: xavier, N(0, 0.02) in the text and time paths, a zero head."""
+        """Wan's initialisation, from nothing: xavier, N(0, 0.02) for text and time, a zero head."""
         for name, layer in self.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv3d)):
-                small = name.startswith(("text_embedding", "time_embedding"))
-                nn.init.normal_(layer.weight, std=0.02) if small else nn.init.xavier_uniform_(layer.weight.flatten(1))
+                if name.startswith(("text_embedding", "time_embedding")):
+                    nn.init.normal_(layer.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(layer.weight.flatten(1))
                 nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.head.head.weight)
         return self
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Weight files: read any public layout, write the official one
 
 
 def find_weights(path, what="weights"):
-    """The weights file behind a path: a file, a folder (official, diffusers, one of ours), or a hub name 'owner/repository'."""
+    """The weights file behind a path: a file, a folder (official, diffusers, ours) or a hub 'owner/name'."""
     path = Path(path)
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
         try:
-            path = Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.pt", "*.pth"]))
-        except Exception as error:  # offline, misspelt, gated: for the caller all of them are a missing file
-            raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none ({type(error).__name__})") from None
+            kinds = ["*.json", "*.safetensors", "*.pt", "*.pth"]
+            path = Path(snapshot_download(str(path), allow_patterns=kinds))
+        except Exception as error:  # offline, misspelt, gated: to the caller each is a missing file
+            raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none "
+                             f"({type(error).__name__})") from None
     if path.is_dir():
-        names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json", "model.safetensors",
-                 "model.safetensors.index.json", "generator.safetensors", "teacher.safetensors", "model.pt"]
+        names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+                 "model.safetensors", "model.safetensors.index.json", "generator.safetensors",
+                 "teacher.safetensors", "model.pt"]
         found = [p / n for p in (path, path / "transformer") for n in names if (p / n).exists()]
         if not found:
             raise ValueError(f"expected {what} in {path}: none of {', '.join(names[:2])}, ... is there")
         path = found[0]
     if not path.exists():
-        raise ValueError(f"expected {what} at {path}: no such file (README, 'Full size', says what to download)")
+        raise ValueError(f"expected {what} at {path}: no such file (to download: README, 'Full size')")
     return path
 
 
 def read_state_dict(path, entry=None):
-    """Tensors and string metadata of one .safetensors, a sharded index.json, or a .pt/.pth (tensors only, memory-mapped).
+    """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (tensors only).
 
-    entry: which dict of a training checkpoint to prefer to the EMA generator and the generator (CausVid, Self-Forcing).
+    entry: the part of a training checkpoint (CausVid, Self-Forcing) to prefer to its EMA or plain generator.
     Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
     """
     path = find_weights(path)
@@ -333,8 +350,8 @@ def read_state_dict(path, entry=None):
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"expected a weights file, got {path}, which cannot be read ({type(error).__name__}): "
-                         "fetch it again, it may be cut short") from None
+        raise ValueError(f"expected a weights file, got {path}, which cannot be read "
+                         f"({type(error).__name__}): fetch it again, it may be cut short") from None
     for name in entry, "generator_ema", "generator", "model", "state_dict":
         if isinstance(state.get(name), dict):
             state = state[name]
@@ -343,31 +360,38 @@ def read_state_dict(path, entry=None):
 
 
 def assign(module, state, source):
-    """Load state into a module (built on the meta device or not), strictly; errors name the first few keys and the file."""
+    """Load state strictly into a module, on meta or not; ValueError names the first wrong keys."""
     want = {key: value.shape for key, value in module.state_dict().items()}
-    wrong = [f"missing {k}" for k in want.keys() - state.keys()] + [f"unexpected {k}" for k in state.keys() - want.keys()]
-    wrong += [f"{k} is {list(state[k].shape)}, not {list(want[k])}" for k in want.keys() & state.keys() if state[k].shape != want[k]]
+    wrong = [f"missing {key}" for key in want.keys() - state.keys()]
+    wrong += [f"unexpected {key}" for key in state.keys() - want.keys()]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(want[key])}"
+              for key in want.keys() & state.keys() if state[key].shape != want[key]]
     if wrong:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {len(wrong)} of {len(want)} keys differ "
-                         f"({'; '.join(sorted(wrong)[:3])}{'; ...' if len(wrong) > 3 else ''})")
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {len(wrong)} of {len(want)} keys "
+                         f"differ ({'; '.join(sorted(wrong)[:3])}{'; ...' if len(wrong) > 3 else ''})")
     module.load_state_dict(state, assign=True)
     return module
 
 
-PREFIXES = ("model.diffusion_model.", "_fsdp_wrapped_module.", "model.", "net.")  # ComfyUI, FSDP1, CausVid, rCM
+# ComfyUI, FSDP1, CausVid, rCM
+PREFIXES = ("model.diffusion_model.", "_fsdp_wrapped_module.", "model.", "net.")
 FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
     (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
     (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
     (r"^condition_embedder\.time_proj\.", "time_projection.1."), (r"^proj_out\.", "head.head."),
     (r"^scale_shift_table$", "head.modulation"), (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_out\.0\.", ".o."), (r"\.to_([qkv])\.", r".\1."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."), (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."), (r"\.to_([qkv])\.", r".\1."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
 ]
 
 
 def rename(state, rules):
     """A state dict under the keys that a list of (pattern, replacement) makes of its own."""
-    return {functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key): value for key, value in state.items()}
+    def renamed(key):
+        return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
+    return {renamed(key): value for key, value in state.items()}
 
 
 def official_dit(state):
@@ -380,27 +404,28 @@ def official_dit(state):
     if "condition_embedder.time_proj.weight" in state:
         state = rename(state, FROM_DIFFUSERS)
     patch = state.get("patch_embedding.weight")
-    if patch is not None and patch.ndim == 2:  # rCM keeps the patch embedding as a linear layer on the same numbers
+    if patch is not None and patch.ndim == 2:  # rCM stores the same numbers as a linear layer
         state["patch_embedding.weight"] = patch.view(len(patch), -1, 1, 2, 2)
     return state
 
 
 def dit_config(state, meta, source):
-    """The architecture a file describes: from our header, else from its shapes with Wan's head size of 128."""
+    """The architecture of a file: from our header, else from its shapes with Wan's head size of 128."""
     try:
         if "config" in meta:
             config = json.loads(meta["config"])
             return DiTConfig(**{**config, "patch": tuple(config["patch"])})
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
         layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        return DiTConfig(dim, dim // 128, len(state["blocks.0.ffn.0.weight"]), layers, in_dim, patch=tuple(patch),
-                         freq_dim=state["time_embedding.0.weight"].shape[1], text_dim=state["text_embedding.0.weight"].shape[1])
+        ffn_dim, freq_dim = len(state["blocks.0.ffn.0.weight"]), state["time_embedding.0.weight"].shape[1]
+        return DiTConfig(dim, dim // 128, ffn_dim, layers, in_dim, freq_dim, patch=tuple(patch),
+                         text_dim=state["text_embedding.0.weight"].shape[1])
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"expected a Wan DiT in {source}, got keys such as {sorted(state)[:3]}") from None
 
 
 def load_dit(path, config=None, dtype=torch.float32, entry=None):
-    """A WanDiT from a file, folder or hub name in the official, diffusers (also sharded), CausVid / Self-Forcing or rCM layout."""
+    """A WanDiT from a file, folder or hub name: official, diffusers, CausVid / Self-Forcing or rCM layout."""
     state, meta = read_state_dict(find_weights(path, "a Wan DiT"), entry)
     state = official_dit(state)
     config = config or dit_config(state, meta, path)
@@ -410,13 +435,15 @@ def load_dit(path, config=None, dtype=torch.float32, entry=None):
 
 
 def save_dit(net, path, config=None, **metadata):
-    """Write a WanDiT (or its state dict and config) under the official keys; config and metadata go into the header."""
+    """Write a WanDiT, or a state dict and config, under the official keys; the rest goes into the header."""
     state = net if isinstance(net, dict) else net.state_dict()
-    header = {"config": json.dumps(asdict(config or net.cfg)), **{key: str(value) for key, value in metadata.items()}}
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path, metadata={"format": "pt", **header})
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    config = json.dumps(asdict(config or net.cfg))
+    metadata = {key: str(value) for key, value in metadata.items()}
+    save_file(state, path, metadata={"format": "pt", "config": config, **metadata})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
 
 
@@ -424,30 +451,32 @@ T5_KEYS = [  # official UMT5 encoder file -> transformers
     (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
     (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
     (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.", r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
+    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
+     r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
     (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
     (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
     (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
     (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
 ]
-UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24, feed_forward_proj="gated-gelu")
+UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24,
+                feed_forward_proj="gated-gelu")
 
 
 def clean_prompt(prompt):
-    """Wan's whitespace cleaning. CHOICE: without ftfy, which only mends wrongly decoded text and is one more package."""
+    """Wan's whitespace cleaning. CHOICE: without ftfy, a package that only mends wrongly decoded text."""
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
 def pad_context(rows, text_len):
-    """[len, text_dim] -> [text_len, text_dim] with zero rows, which is what Wan feeds (not the encoder's output for pads)."""
+    """[len, text_dim] -> [text_len, text_dim] with zero rows, as Wan pads, not the encoder's output."""
     return F.pad(rows[:text_len], (0, 0, 0, text_len - len(rows[:text_len])))
 
 
 class TextEncoder:
-    """list[str] -> context [B, text_len, text_dim] fp32, zero-padded: UMT5 on the unpadded tokens of each prompt."""
+    """list[str] -> context [B, text_len, text_dim] fp32: UMT5 on each prompt's own tokens, zero-padded."""
 
     def __init__(self, model, tokenize, text_len):
-        # transformers 5.0 to 5.2 left the encoder's embedding at zero for these files: prompts would be silently ignored.
+        # transformers 5.0 to 5.2 leave these files' embedding at zero, which would silently drop the prompt.
         embedding = model.encoder.embed_tokens.weight
         if embedding.data_ptr() != model.shared.weight.data_ptr() or not embedding.any():
             raise ValueError("the UMT5 embedding is not tied to its table or is zero: upgrade transformers")
@@ -456,7 +485,8 @@ class TextEncoder:
     @torch.no_grad()
     def rows(self, prompt):
         """[len, text_dim] of one prompt, its true tokens only."""
-        ids = torch.tensor([self.tokenize(clean_prompt(prompt))[: self.text_len]], device=self.model.shared.weight.device)
+        ids = self.tokenize(clean_prompt(prompt))[: self.text_len]
+        ids = torch.tensor([ids], device=self.model.shared.weight.device)
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
 
     def __call__(self, prompts):
@@ -464,21 +494,22 @@ class TextEncoder:
 
 
 def words_to_ids(prompt, vocab):
-    """Word-level tokens of the toy world: lower-case words, 2 for a word it does not know, then 1, the end of the sentence."""
+    """Word-level tokens of the toy world: lower-case words, 2 for an unknown one, then 1 for the end."""
     return [vocab.get(word, 2) for word in re.findall(r"\w+", prompt.lower())] + [1]
 
 
 def load_text_encoder(path, device="cpu"):
-    """The text encoder of a preset's folder: toy `text.safetensors`, official `models_t5_umt5-xxl-enc-bf16.pth`, or diffusers.
+    """The text encoder of a preset's folder: the toy's, Wan's official file, or diffusers' `text_encoder/`.
 
-    Runs on `device` in bf16 if it is the full-size one, as Wan does. Raises ValueError naming the missing file.
+    The full-size one runs on `device` in bf16, as Wan's does. Raises ValueError naming the missing files.
     """
     from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
     path = Path(path)
     toy, official = path / "text.safetensors", path / "models_t5_umt5-xxl-enc-bf16.pth"
     if toy.exists():
         state, meta = read_state_dict(toy)
-        config, vocab = json.loads(meta["config"]), {word: i for i, word in enumerate(json.loads(meta["vocab"]))}
+        config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
+        vocab = {word: i for i, word in enumerate(words)}
         text_len, tokenize = config.pop("text_len"), functools.partial(words_to_ids, vocab=vocab)
         state = {key: value.float() for key, value in state.items()}
     elif official.exists():
@@ -489,7 +520,8 @@ def load_text_encoder(path, device="cpu"):
         config, text_len = UMT5Config.from_pretrained(path / "text_encoder").to_dict(), 512
         tokenize = AutoTokenizer.from_pretrained(path / "tokenizer").encode
     else:
-        raise ValueError(f"expected a text encoder in {path}: none of text.safetensors, {official.name}, text_encoder/ is there")
+        raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
+                         "text_encoder/")
     state["encoder.embed_tokens.weight"] = state["shared.weight"]
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config))
@@ -501,15 +533,16 @@ def load_text_encoder(path, device="cpu"):
 
 
 def encode_prompts(prompts, path, cache, device="cpu"):
-    """Encode every prompt once into `cache`, one file a prompt keyed by its text and the encoder; return a reader of them.
+    """Encode every prompt once into `cache`, one file a prompt and encoder; return their reader.
 
-    The reader maps list[str] -> context [B, text_len, text_dim] like a TextEncoder, without one in memory (UMT5-XXL is 11 GB).
-    The encoder is loaded only if a prompt is missing. Several processes may share the folder: files appear whole.
+    The reader maps list[str] -> context [B, text_len, text_dim] as a TextEncoder does, without holding one
+    (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing. Files appear whole, so that several
+    processes may share the folder.
     """
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-
-    files = [file for pattern in ("text.safetensors", "models_t5*.pth", "text_encoder/*") for file in sorted(Path(path).glob(pattern))]
+    kinds = "text.safetensors", "models_t5*.pth", "text_encoder/*"
+    files = [file for kind in kinds for file in sorted(Path(path).glob(kind))]
     weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 
     def file_of(prompt):

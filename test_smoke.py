@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -38,10 +37,11 @@ import sample
 import train
 import vae
 from amt import AMT
-from discriminator import motion_tensor, MotionDiscriminator
-from model import add_noise, CONFIGS, DiTConfig, encode_prompts, few_step, few_step_times, load_dit, load_text_encoder, sample_noise, save_dit, velocity_to_x0, WanDiT, WEIGHTS
+from discriminator import MotionDiscriminator, motion_tensor
+from model import (CONFIGS, WEIGHTS, DiTConfig, WanDiT, add_noise, encode_prompts, few_step, few_step_times,
+                   load_dit, load_text_encoder, sample_noise, save_dit, velocity_to_x0)
 from musiq import MUSIQ
-from raft import load_raft, RAFT
+from raft import RAFT, load_raft
 from sample import read_frames, read_video, unipc, unipc_sigmas, video_files, video_info, write_video
 from toy import world
 from vae import load_vae
@@ -49,7 +49,7 @@ from vae import load_vae
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py
 
 
@@ -58,11 +58,16 @@ TINY = DiTConfig(dim=96, heads=3, ffn_dim=208, layers=3, freq_dim=32, text_dim=3
 
 def golden_dit():
     g = load_file(GOLDEN / "wan_dit_tiny.safetensors")
-    return model.assign(WanDiT(TINY), {key[2:]: v.float() for key, v in g.items() if key.startswith("w.")}, "golden"), g
+    state = {key[2:]: value.float() for key, value in g.items() if key.startswith("w.")}
+    return model.assign(WanDiT(TINY), state, "golden"), g
 
 
-def shapes(net):
-    return {key: list(value.shape) for key, value in net.state_dict().items()}
+def shapes(state):
+    return {key: list(value.shape) for key, value in state.items()}
+
+
+def manifest(name):
+    return json.loads((GOLDEN / f"manifest_{name}.json").read_text())
 
 
 def on_meta(cfg):
@@ -70,7 +75,7 @@ def on_meta(cfg):
         return WanDiT(cfg)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # model.py
 
 
@@ -85,7 +90,8 @@ def test_dit_equals_wan():
         net.zero_grad()
         x = g["case0.x"].clone().requires_grad_()
         (net(x, g["case0.t"] / 1000, g["case0.context"]) * g["case0.grad_out"]).sum().backward()
-        grads = {f"case0.grad_w.{key}": p.grad for key, p in net.named_parameters()} | {"case0.grad_x": x.grad}
+        grads = {f"case0.grad_w.{key}": p.grad for key, p in net.named_parameters()}
+        grads["case0.grad_x"] = x.grad
         for key in [key for key in g if "grad_w" in key or "grad_x" in key]:
             assert (grads[key] - g[key]).abs().max() < 1e-4 * g[key].abs().max(), key
 
@@ -99,9 +105,10 @@ def test_dit_norm_epsilon():
 
 
 def test_dit_keys_are_the_official_ones():
-    manifest, hf = (json.loads((GOLDEN / f"manifest_{n}_dit_1.3b.json").read_text()) for n in ("official", "diffusers"))
-    assert shapes(on_meta(CONFIGS["wan1.3b"])) == manifest
-    assert {key: list(v.shape) for key, v in model.official_dit({k: torch.empty(s, device="meta") for k, s in hf.items()}).items()} == manifest
+    official = manifest("official_dit_1.3b")
+    diffusers = {key: torch.empty(shape, device="meta") for key, shape in manifest("diffusers_dit_1.3b").items()}
+    assert shapes(on_meta(CONFIGS["wan1.3b"]).state_dict()) == official
+    assert shapes(model.official_dit(diffusers)) == official
     assert 14.2e9 < sum(p.numel() for p in on_meta(CONFIGS["wan14b"]).parameters()) < 14.4e9
 
 
@@ -116,18 +123,23 @@ def test_dit_init_starts_at_zero_velocity():
 
 def test_weight_files_of_every_layout(tmp_path):
     net, g = golden_dit()
-    state, hf = net.state_dict(), {k: v.float() for k, v in load_file(GOLDEN / "wan_dit_tiny_diffusers.safetensors").items()}
+    state, hf = net.state_dict(), load_file(GOLDEN / "wan_dit_tiny_diffusers.safetensors")
+    hf = {key: value.float() for key, value in hf.items()}
     header = {"config": json.dumps(asdict(TINY))}
     save_dit(net, tmp_path / "ours.safetensors", step=7)
     save_file(hf, tmp_path / "diffusers.safetensors", metadata=header)
+    index = {}
     for name, part in ("a", list(hf)[::2]), ("b", list(hf)[1::2]):
         save_file({key: hf[key] for key in part}, tmp_path / f"{name}.safetensors")
-    index = {key: f"{name}.safetensors" for name, part in (("a", list(hf)[::2]), ("b", list(hf)[1::2])) for key in part}
-    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    prefixed = {f"model.{key}": value for key, value in state.items()}
-    torch.save({"generator": prefixed, "critic": {"x": torch.zeros(1)}}, tmp_path / "causvid.pt")
-    torch.save({"generator": {}, "generator_ema": {f"model._fsdp_wrapped_module.{k}": v for k, v in state.items()}}, tmp_path / "self_forcing.pt")
-    rcm = {f"net.{key}": value for key, value in state.items()} | {"net.patch_embedding.weight": state["patch_embedding.weight"].flatten(1)}
+        index.update(dict.fromkeys(part, f"{name}.safetensors"))
+    index_file = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"weight_map": index}))
+    causvid = {f"model.{key}": value for key, value in state.items()}
+    torch.save({"generator": causvid, "critic": {"x": torch.zeros(1)}}, tmp_path / "causvid.pt")
+    ema = {f"model._fsdp_wrapped_module.{key}": value for key, value in state.items()}
+    torch.save({"generator": {}, "generator_ema": ema}, tmp_path / "self_forcing.pt")
+    rcm = {f"net.{key}": value for key, value in state.items()}
+    rcm["net.patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
     torch.save(rcm, tmp_path / "rcm.pt", _use_new_zipfile_serialization=False)
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
@@ -140,17 +152,20 @@ def test_weight_files_of_every_layout(tmp_path):
 def test_wrong_weight_files_are_named(tmp_path):
     net, _ = golden_dit()
     state = net.state_dict()
-    save_dit({k: v for k, v in state.items() if k != "head.modulation"} | {"extra": torch.zeros(1)}, tmp_path / "keys.safetensors", TINY)
+    keys = {key: value for key, value in state.items() if key != "head.modulation"} | {"extra": torch.zeros(1)}
+    save_dit(keys, tmp_path / "keys.safetensors", TINY)
     save_dit(state, tmp_path / "size.safetensors", replace(TINY, ffn_dim=100))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "size.safetensors").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
     torch.save({"some": torch.zeros(2)}, tmp_path / "other.pt")
-    for name, message in (("keys", "2 of .*missing head.modulation; unexpected extra"), ("size", r"\[208, 96\], not \[100, 96\]"),
+    for name, message in (("keys", "2 of .*missing head.modulation; unexpected extra"),
+                          ("size", r"\[208, 96\], not \[100, 96\]"),
                           ("cut", "cut short"), ("none", "no such file")):
         with pytest.raises(ValueError, match=message) as error:
             load_dit(tmp_path / f"{name}.safetensors")
         assert name in str(error.value) and "\n" not in str(error.value)
-    for name, message in ("text.pt", "cannot be read"), ("other.pt", "expected a Wan DiT"), ("", "none of diffusion_pytorch_model"):
+    for name, message in (("text.pt", "cannot be read"), ("other.pt", "expected a Wan DiT"),
+                          ("", "none of diffusion_pytorch_model")):
         with pytest.raises(ValueError, match=message):
             load_dit(tmp_path / name)
 
@@ -164,14 +179,18 @@ def test_flow_matching_conventions():
 
 def test_few_step_equals_the_reference_sampler():
     g = load_file(GOLDEN / "fewstep.safetensors")
-    cases = dict(causvid3_shift8=few_step_times(), sf4_shift5_warp=few_step_times((1000, 750, 500, 250), 5.0, warp=True),
-                 sf4_shift8_warp=few_step_times((1000, 750, 500, 250), 8.0, warp=True))
+    four = (1000, 750, 500, 250)
+    cases = {"causvid3_shift8": few_step_times(), "sf4_shift5_warp": few_step_times(four, 5.0, warp=True),
+             "sf4_shift8_warp": few_step_times(four, 8.0, warp=True)}
+
+    def generator(z, t, context):
+        return 0.8 * z + 0.6 * torch.sin(3 * t.view(-1, 1, 1, 1, 1) + g["phase"])
     for name, times in cases.items():
         assert [1000 * t for t, _ in times] == pytest.approx(g[f"{name}.timesteps"].tolist(), abs=1e-3)
         assert [sigma for _, sigma in times] == pytest.approx(g[f"{name}.sigmas"].tolist(), abs=1e-7)
         noise = torch.cat([g["x1"][None], g["renoise"][: len(times) - 1]])
         for stop in range(len(times)):
-            x0 = few_step(lambda z, t, _: 0.8 * z + 0.6 * torch.sin(3 * t.view(-1, 1, 1, 1, 1) + g["phase"]), noise, None, times, stop)
+            x0 = few_step(generator, noise, None, times, stop)
             assert (x0 - g[f"{name}.x0"][stop]).abs().max() < 1e-5
 
 
@@ -190,17 +209,18 @@ def test_noise_depends_on_the_sample_only():
 def tiny_text_encoder(folder, words="a red circle moving right quickly"):
     """Write a random UMT5 in the toy's layout; returns it."""
     vocab = ["<pad>", "</s>", "<unk>", *words.split()]
-    config = dict(vocab_size=len(vocab), d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2, feed_forward_proj="gated-gelu")
+    config = dict(vocab_size=len(vocab), d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2,
+                  feed_forward_proj="gated-gelu")
     torch.manual_seed(1)
     net = UMT5EncoderModel(UMT5Config(**config)).eval()
     state = {key: value for key, value in net.state_dict().items() if key != "encoder.embed_tokens.weight"}
-    save_file(state, folder / "text.safetensors", metadata={"config": json.dumps({**config, "text_len": 8}), "vocab": json.dumps(vocab)})
+    header = {"config": json.dumps({**config, "text_len": 8}), "vocab": json.dumps(vocab)}
+    save_file(state, folder / "text.safetensors", metadata=header)
     return net
 
 
 def test_text_context_is_trimmed_and_padded_with_zeros(tmp_path):
-    net, encoder = tiny_text_encoder(tmp_path), None
-    encoder = load_text_encoder(tmp_path)
+    net, encoder = tiny_text_encoder(tmp_path), load_text_encoder(tmp_path)
     context = encoder(["a  red\n circle", "a red circle moving right moving right moving right"])
     with torch.no_grad():
         want = net(torch.tensor([[3, 4, 5, 1]])).last_hidden_state[0]
@@ -219,19 +239,19 @@ def test_prompts_are_encoded_once(tmp_path):
     times = [file.stat().st_mtime_ns for file in sorted(cache.iterdir())]
     assert torch.equal(encode_prompts(prompts, tmp_path, cache)(prompts[1:]), first[1:])
     assert times == [file.stat().st_mtime_ns for file in sorted(cache.iterdir())]  # read, not encoded again
-    tiny_text_encoder(tmp_path, "other words")  # another encoder in the same place must not meet the old contexts
+    tiny_text_encoder(tmp_path, "other words")  # another encoder in its place must not meet the old contexts
     assert not torch.equal(encode_prompts(prompts, tmp_path, cache)(prompts), first)
     with pytest.raises(ValueError, match="text encoder in .*empty"):
         load_text_encoder(tmp_path / "empty")
 
 
 def test_umt5_official_keys_are_those_of_transformers():
-    official, hf = (json.loads((GOLDEN / f"manifest_{n}_umt5_xxl_enc.json").read_text()) for n in ("official", "hf"))
+    hf = manifest("hf_umt5_xxl_enc")
     hf.pop("encoder.embed_tokens.weight")
-    assert model.rename(official, model.T5_KEYS) == hf
+    assert model.rename(manifest("official_umt5_xxl_enc"), model.T5_KEYS) == hf
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # discriminator.py
 
 
@@ -260,7 +280,8 @@ def test_discriminator_starts_from_the_dit():
 
 def test_gradient_reaches_the_pixels_and_every_parameter():
     torch.manual_seed(0)
-    flow_net, coder = raft.RAFT(raft.CONFIGS["toy"]), vae.WanVAE(vae.VAEConfig(4, 16, (0.0,) * 16, (1.0,) * 16, res_blocks=1))
+    flow_net = raft.RAFT(raft.CONFIGS["toy"])
+    coder = vae.WanVAE(vae.VAEConfig(4, 16, (0.0,) * 16, (1.0,) * 16, res_blocks=1))
     net = MotionDiscriminator(TINY, 3, (0, 1, 2))
     x = torch.rand(2, 3, 5, 32, 32).requires_grad_()
     o = coder.encode(motion_tensor(raft.video_flow(flow_net, x, 2), 3.0))
@@ -271,7 +292,7 @@ def test_gradient_reaches_the_pixels_and_every_parameter():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # vae.py
 
 
@@ -388,21 +409,22 @@ def test_vae_batch_and_dtypes():
     net, g = golden_vae()
     z = torch.cat([g["dec.z"][:, :, :3], g["dec.z"][:, :, 3:6]])
     close(net.decode(z, 2)[1:], net.decode(z[1:], 2), 2e-5)
-    want, wide, half = net.decode(z), copy.deepcopy(net).double().decode(z.double()), copy.deepcopy(net).bfloat16().decode(z)
+    want, wide = net.decode(z), copy.deepcopy(net).double().decode(z.double())
+    half = copy.deepcopy(net).bfloat16().decode(z)
     assert wide.dtype == torch.float64 and half.dtype == torch.float32
     close(wide, want.double(), 2e-5)
     assert (half - want).norm() < 0.03 * want.norm()
 
 
 def test_vae_keys_are_the_official_ones():
-    manifest = json.loads((GOLDEN / "manifest_official_vae.json").read_text())
+    official = manifest("official_vae")
     with torch.device("meta"):
         net = vae.WanVAE(vae.CONFIGS["wan1.3b"])
-    assert {key: list(value.shape) for key, value in net.state_dict().items()} == manifest
-    keymap, hf = (json.loads((GOLDEN / f"{name}.json").read_text())
-                  for name in ("keymap_vae_official_to_diffusers", "manifest_diffusers_vae"))
-    assert vae.official_vae({keymap[key]: key for key in manifest}) == {key: key for key in manifest} and keymap.keys() == manifest.keys()
-    assert set(keymap.values()) == set(hf)
+    assert shapes(net.state_dict()) == official
+    keymap = json.loads((GOLDEN / "keymap_vae_official_to_diffusers.json").read_text())
+    diffusers = {keymap[key]: key for key in official}
+    assert vae.official_vae(diffusers) == {key: key for key in official} and keymap.keys() == official.keys()
+    assert set(keymap.values()) == set(manifest("diffusers_vae"))
 
 
 def test_vae_files_of_every_layout(tmp_path):
@@ -413,12 +435,14 @@ def test_vae_files_of_every_layout(tmp_path):
     (tmp_path / "official").mkdir()
     torch.save(state, tmp_path / "official" / "Wan2.1_VAE.pth")
     (tmp_path / "hub" / "vae").mkdir(parents=True)
-    save_file({keymap[key]: value for key, value in state.items()}, tmp_path / "hub" / "vae" / "diffusion_pytorch_model.safetensors")
-    for path in ["official", "official/Wan2.1_VAE.pth", "hub", "hub/vae", "hub/vae/diffusion_pytorch_model.safetensors"]:
+    file = "hub/vae/diffusion_pytorch_model.safetensors"
+    save_file({keymap[key]: value for key, value in state.items()}, tmp_path / file)
+    for path in ["official", "official/Wan2.1_VAE.pth", "hub", "hub/vae", file]:
         loaded = vae.load_vae(tmp_path / path)
-        assert loaded.cfg == net.cfg and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+        assert loaded.cfg == net.cfg and not loaded.training
+        assert not any(p.requires_grad for p in loaded.parameters())
         close(loaded.decode(z), want, 1e-5)
-    config = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}  # of another VAE than Wan's, beside its weights
+    config = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}  # another VAE's, beside its weights
     (tmp_path / "hub" / "vae" / "config.json").write_text(json.dumps(config))
     assert vae.load_vae(tmp_path / "hub").cfg.latents_mean == (0.5,) * 16
 
@@ -456,36 +480,45 @@ def test_vae_refuses_bad_sizes_and_files(tmp_path):
         vae.load_vae(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # raft.py
 
 
-def rule_value(key, shape):
-    """A golden weight: a function of its key and shape only, so that no weights need to be stored."""
+def golden_value(key, shape, scale):
+    """A golden weight from its key and shape, so that none is stored; scale: (mean, spread) of 1-D ones."""
     random = np.random.RandomState(zlib.crc32(key.replace(".0.norm3.", ".0.downsample.1.").encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
     if key.endswith("running_var"):
         return torch.tensor(0.5 + random.random_sample(shape), dtype=torch.float32)
     n = random.standard_normal(shape)
-    gain = 0.5 if "flow_head.conv2" in key else 1
-    value = {"num_batches_tracked": 0 * n, "running_mean": 0.1 * n, "bias": 0.05 * n}.get(
-        key.split(".")[-1], 1 + 0.1 * n if len(shape) == 1 else gain * n / max(1, np.prod(shape[1:])) ** 0.5)
-    return torch.tensor(value, dtype=torch.int64 if key.endswith("tracked") else torch.float32)
+    small = key.startswith(("decoder1.convblock.2.", "comb_block.2."))
+    gain = 0.1 if small else 0.5 if "flow_head.conv2" in key else 1
+    value = gain * n / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else scale[0] + scale[1] * n
+    for ends, spread in (("bias", 0.05), ("running_mean", 0.1), (("_emb", "cls"), 0.5)):
+        value = spread * n if key.endswith(ends) else value
+    return torch.tensor(value, dtype=torch.float32)
 
 
-def rule_raft(size):
-    """(RAFT of a size with the goldens' weights, those weights, the goldens)."""
-    shapes = json.loads((GOLDEN / f"manifest_raft_princeton_{size}.json").read_text())
-    state = {key: rule_value(key, shape) for key, shape in shapes.items()}
-    net = RAFT(raft.CONFIGS[size]).requires_grad_(False)
+def golden_net(net, name, total, scale=(1, 0.1)):
+    """The net with the golden weights of a manifest, checked against their absolute sum."""
+    state = {key: golden_value(key, shape, scale) for key, shape in manifest(name).items()}
+    assert abs(sum(value.double().abs().sum().item() for value in state.values()) - total) < 1e-6
     net.load_state_dict(state, strict=True)
-    return net, state, load_file(GOLDEN / f"raft_{size}_golden.safetensors")
+    return net.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("size, keys, total", [("large", 179, 133329.3225607579), ("small", 106, 28551.48879625985)])
-def test_raft_matches_princeton(size, keys, total):
-    net, state, golden = rule_raft(size)
+def golden_raft(size):
+    """RAFT of a size with the goldens' weights, and the goldens."""
+    total = {"large": 133329.3225607579, "small": 28551.48879625985}[size]
+    net = golden_net(RAFT(raft.CONFIGS[size]), f"raft_princeton_{size}", total)
+    return net, load_file(GOLDEN / f"raft_{size}_golden.safetensors")
+
+
+@pytest.mark.parametrize("size, keys", [("large", 179), ("small", 106)])
+def test_raft_matches_princeton(size, keys):
+    net, golden = golden_raft(size)
     assert len(net.state_dict()) == keys
-    assert abs(sum(v.double().abs().sum().item() for v in state.values()) - total) < 1e-6
     close = dict(atol=2e-3, rtol=1e-4)
     frames = golden["frames"].float() / 127.5 - 1
     fmaps, context = net.fnet(frames), net.cnet(frames[:2])
@@ -498,12 +531,13 @@ def test_raft_matches_princeton(size, keys, total):
     torch.testing.assert_close(net(frames[:2], frames[1:], 4), golden["flow_up_it4"], **close)
     clip = (golden["unaligned_frames"].float() / 127.5 - 1).transpose(0, 1)[None]
     for i in (1, 4, 12):
-        torch.testing.assert_close(raft.video_flow(net, clip, i)[:, :, 0], golden[f"unaligned_flow_up_it{i}"], **close)
+        flow = raft.video_flow(net, clip, i)[:, :, 0]
+        torch.testing.assert_close(flow, golden[f"unaligned_flow_up_it{i}"], **close)
 
 
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_raft_lookup_and_upsampling(size):
-    net, _, golden = rule_raft(size)
+    net, golden = golden_raft(size)
     correlation = raft.Correlation(golden["lookup_fmap1"], golden["lookup_fmap2"], 4, net.cfg.radius)
     torch.testing.assert_close(correlation(golden["lookup_coords"]), golden["lookup_out"], atol=1e-5, rtol=1e-5)
     if size == "large":
@@ -515,7 +549,7 @@ def test_raft_lookup_and_upsampling(size):
 
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_raft_image_gradient(size):
-    net, _, golden = rule_raft(size)
+    net, golden = golden_raft(size)
     frames = [(f[None].double() / 127.5 - 1).requires_grad_() for f in golden["frames"][:2]]
     grads = torch.autograd.grad(net.double()(*frames, 4).square().mean(), frames)
     for grad, want in zip(grads, (golden["grad_it4_frame0"], golden["grad_it4_frame1"])):
@@ -540,12 +574,14 @@ def test_video_flow_equals_pair_by_pair():
     assert want.abs().amax(dim=(0, 1, 3, 4)).min() > 0  # every frame has a share in the flow
     assert raft.pad_to_cells(x[:, :, 0], 4)[1] == (1, 2, 1, 1)  # 30x41: the odd pixel goes right
     half = x.detach().bfloat16()
-    torch.testing.assert_close(raft.video_flow(net, half, 3), raft.video_flow(net, half.float(), 3), atol=0, rtol=0)
+    flow, want = raft.video_flow(net, half, 3), raft.video_flow(net, half.float(), 3)
+    torch.testing.assert_close(flow, want, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_load_raft_reads_every_layout(size, tmp_path):
-    net, state, golden = rule_raft(size)
+    net, _ = golden_raft(size)
+    state = net.state_dict()
     names = json.loads((GOLDEN / f"keymap_raft_princeton_to_torchvision_{size}.json").read_text())
     torchvision = {names[key]: value for key, value in state.items() if key in names}
     torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "princeton.pth")
@@ -562,7 +598,8 @@ def test_load_raft_reads_every_layout(size, tmp_path):
 
 
 def test_save_raft_keeps_a_config_of_its_own(tmp_path):
-    cfg = raft.RAFTConfig(**{**vars(raft.CONFIGS["toy"]), "hidden": 40, "levels": 3, "gru_kernels": ((1, 5), (5, 1))})
+    changed = {"hidden": 40, "levels": 3, "gru_kernels": ((1, 5), (5, 1))}
+    cfg = raft.RAFTConfig(**{**vars(raft.CONFIGS["toy"]), **changed})
     net = RAFT(cfg)
     raft.save_raft(net, tmp_path / "raft.safetensors", torch.float16, recipe="none")
     loaded = raft.load_raft(tmp_path / "raft.safetensors")
@@ -620,7 +657,7 @@ def test_flow_pictures():
         raft.clip_beside_flow(torch.zeros(3, 3, 64, 64), flow[:, :1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # sample.py
 
 
@@ -695,13 +732,14 @@ def test_video_is_resampled_by_time_stamps(tmp_path):
     write_raw(tmp_path / "16.mkv", [round(62.5 * k) for k in range(40)], format="matroska", rate=16)
     assert levels(read_video(tmp_path / "16.mkv", 40, fps=16)[0]) == list(range(40))  # rounded times drop no frame
     write_raw(tmp_path / "16.avi", [round(62.5 * k) for k in range(40)], format="avi", rate=16)
-    assert levels(read_video(tmp_path / "16.avi", 40, fps=16)[0]) == list(range(40))  # its times are in coding order
+    assert levels(read_video(tmp_path / "16.avi", 40, fps=16)[0]) == list(range(40))  # times in coding order
 
 
 def test_video_place_and_size(tmp_path):
     write_raw(tmp_path / "long.mp4", [50 * k for k in range(50)], rate=20)
     for place, first in (0, 0), (0.5, 20), (1, 40):
-        assert levels(read_video(tmp_path / "long.mp4", 10, fps=20, place=place)[0]) == list(range(first, first + 10))
+        x, _ = read_video(tmp_path / "long.mp4", 10, fps=20, place=place)
+        assert levels(x) == list(range(first, first + 10))
     assert levels(torch.stack(list(read_frames(tmp_path / "long.mp4", start=2.4)), 1) / 127.5 - 1) == [48, 49]
     x = moving_clip(T=2, H=96, W=64)
     write_video(tmp_path / "tall.mp4", x, 16)
@@ -709,7 +747,7 @@ def test_video_place_and_size(tmp_path):
     want = torch.nn.functional.interpolate(x[:, 0][None], (48, 32), mode="area")[0, :, 8:40]
     assert y.shape == (3, 2, 32, 32) and (y[:, 0] - want).abs().mean() < 0.03
     data = bytearray((tmp_path / "tall.mp4").read_bytes())
-    at = data.index(b"tkhd") + 44  # the matrix of the track header: a quarter turn clockwise, as telephones write it
+    at = data.index(b"tkhd") + 44  # the track header's matrix: a quarter turn clockwise, as telephones do
     data[at:at + 20] = np.array([0, 1 << 16, 0, -(1 << 16), 0], ">i4").tobytes()
     (tmp_path / "turned.mp4").write_bytes(data)
     y = read_video(tmp_path / "turned.mp4")[0]
@@ -808,7 +846,7 @@ def test_sample_refuses_in_one_line(tmp_path, capsys):
         assert reason in err and err.count("\n") == 1 and err.startswith("sample.py: ")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py
 
 
@@ -818,14 +856,16 @@ def tiny_weights(folder):
     torch.manual_seed(0)
     cfg = DiTConfig(dim=32, heads=2, ffn_dim=64, layers=4, in_dim=4, freq_dim=16, text_dim=16, text_len=8)
     save_dit(WanDiT(cfg), folder / "teacher.safetensors")
-    vae.save_vae(vae.WanVAE(vae.VAEConfig(4, 4, (0.0,) * 4, (1.0,) * 4, res_blocks=1)), folder / "vae.safetensors")
+    coder = vae.WanVAE(vae.VAEConfig(4, 4, (0.0,) * 4, (1.0,) * 4, res_blocks=1))
+    vae.save_vae(coder, folder / "vae.safetensors")
     raft.save_raft(raft.RAFT(raft.CONFIGS["toy"]), folder / "raft.safetensors")
     tiny_text_encoder(folder)
     return folder
 
 
-SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminator_warmup 0 --batch 2 --discriminator_batch 3 --micro_batch 2 "
-         "--frames 9 --window 1 --raft_iters 2 --samples 0 --workers 0").split()
+SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminator_warmup 0 --batch 2 "
+         "--discriminator_batch 3 --micro_batch 2 --frames 9 --window 1 --raft_iters 2 --samples 0 "
+         "--workers 0").split()
 
 
 def run(weights, out, *flags):
@@ -840,11 +880,13 @@ def read_log(out):
 
 
 def killed(ranks, weights, out, flags, after):
-    """Run train.py on as many processes, SIGKILL them once cycle `after` is logged; returns their exit codes."""
-    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    """Run train.py on `ranks` processes, kill them once cycle `after` is logged; returns their exit codes."""
+    port = str(socket.create_server(("localhost", 0)).getsockname()[1])
     command = [sys.executable, train.__file__, *SHORT, "--weights", weights, "--out", out, *flags]
-    env = dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=dict(env, RANK=str(i), LOCAL_RANK=str(i))) for i in range(ranks)]
+    env = dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+               MASTER_ADDR="localhost", MASTER_PORT=port)
+    envs = [dict(env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) for env in envs]
     log = out / "log.jsonl"
     while processes[0].poll() is None and not (log.exists() and f'"step": {after},' in log.read_text()):
         time.sleep(0.02)
@@ -852,7 +894,7 @@ def killed(ranks, weights, out, flags, after):
     return [process.wait() for process in processes]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py: the losses
 
 
@@ -861,7 +903,8 @@ def test_dmd_loss_gradient_is_the_score_difference():
     train.dmd_loss(z0.requires_grad_(), real, fake).sum().backward()
     norm = (z0.detach() - real).abs().mean((1, 2, 3, 4), keepdim=True)
     assert (z0.grad - (fake - real) / norm / z0[0].numel()).abs().max() < 1e-12
-    assert ((z0 - z0.grad - real).abs().sum() < (z0 - real).abs().sum()) == (((fake - real) * (z0 - real)).sum() > 0)
+    closer = (z0 - z0.grad - real).abs().sum() < (z0 - real).abs().sum()
+    assert closer == (((fake - real) * (z0 - real)).sum() > 0)
 
 
 def test_gan_losses_by_hand():
@@ -869,7 +912,8 @@ def test_gan_losses_by_hand():
     g = lambda x: math.log(1 + math.exp(x))
     assert train.gan_d_loss(real, gen).tolist() == pytest.approx([g(0) + g(1), g(-2) + g(-1)])
     assert train.gan_g_loss(gen).tolist() == pytest.approx([g(-1), g(1)])
-    assert train.fake_loss(torch.full((1, 1, 1, 1, 2), 3.0), torch.ones(1, 1, 1, 1, 2), torch.zeros(1, 1, 1, 1, 2)).item() == 4
+    v, noise, z0 = (value * torch.ones(1, 1, 1, 1, 2) for value in (3, 1, 0))
+    assert train.fake_loss(v, noise, z0).item() == 4
     assert train.r_loss(real, real, 0.1, "printed").abs().max() == 0
     assert train.r_loss(real, gen, 0.1, "printed").tolist() == pytest.approx([1.0, 9.0])
     assert train.r_loss(real, gen, 0.1, "divided").tolist() == pytest.approx([100.0, 900.0])
@@ -894,7 +938,8 @@ def test_shares_cover_the_batch_on_any_number_of_ranks(monkeypatch):
                 turns.add(tuple(len(index) for index, _ in make()))
                 weights.update({i: w for index, ws in make() for i, w in zip(index, ws.tolist()) if w})
             assert len(turns) == 1  # as many collectives on every rank
-            assert sorted(weights) == list(range(batch)) and sum(weights.values()) == pytest.approx(world, rel=1e-5)
+            assert sorted(weights) == list(range(batch))
+            assert sum(weights.values()) == pytest.approx(world, rel=1e-5)
 
 
 def test_frozen_sharded_net_collects_no_gradient(tmp_path):
@@ -913,38 +958,44 @@ def test_frozen_sharded_net_collects_no_gradient(tmp_path):
     dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # train.py: whole runs
 
 
 def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
     weights = tiny_weights(tmp_path / "weights")
-    flags = "--warmup_steps 1 --discriminator_warmup 1 --steps 3 --save_every 2 --ema 0.9 --discriminator_batch 2 --fake_steps 1".split()
+    flags = ("--warmup_steps 1 --discriminator_warmup 1 --steps 3 --save_every 2 --ema 0.9 "
+             "--discriminator_batch 2 --fake_steps 1").split()
     straight = run(weights, tmp_path / "straight", *flags)
     assert [row["phase"] for row in straight] == ["dmd_warmup", "discriminator_warmup", *["mogan"] * 3]
     assert killed(1, weights, tmp_path / "one", flags, after=2) == [-signal.SIGKILL]
     assert killed(2, weights, tmp_path / "two", flags, after=3) == [-signal.SIGKILL] * 2
-    assert not (tmp_path / "one" / "generator.safetensors").exists() and (tmp_path / "one" / "checkpoint-000002").exists()
+    assert (tmp_path / "one" / "checkpoint-000002").exists()
+    assert not (tmp_path / "one" / "generator.safetensors").exists()
     two = read_log(tmp_path / "two")  # two processes, the same global batch
     assert run(weights, tmp_path / "one", *flags) == straight  # to the last bit
     resumed = run(weights, tmp_path / "two", *flags)  # saved by two ranks, resumed by one
     for row, want in [*zip(two, straight), *zip(resumed, straight)]:
-        assert row.pop("phase") == want["phase"] and row == pytest.approx({key: want[key] for key in row}, rel=2e-3, abs=1e-5)
-        assert all(row[key] == pytest.approx(want[key], rel=1e-5) for key in ("dmd", "fake", "gan_g", "gan_d") if key in row)
+        assert row.pop("phase") == want["phase"]
+        assert row == pytest.approx({key: want[key] for key in row}, rel=2e-3, abs=1e-5)
+        for key in {"dmd", "fake", "gan_g", "gan_d"} & row.keys():
+            assert row[key] == pytest.approx(want[key], rel=1e-5), key
     for name in "generator.safetensors", "generator_ema.safetensors":
         files = [load_file(tmp_path / place / name) for place in ("straight", "one", "two")]
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
         assert max((files[0][key] - files[2][key]).abs().max() for key in files[0]) < 1e-5
-    assert sorted(p.name for p in (tmp_path / "one").glob("checkpoint*")) == ["checkpoint-000004", "checkpoint-000005"]
+    left = sorted(path.name for path in (tmp_path / "one").glob("checkpoint*"))
+    assert left == ["checkpoint-000004", "checkpoint-000005"]
 
 
 def test_bf16_and_both_orders(tmp_path):
     weights = tiny_weights(tmp_path / "weights")
     for order in "appendix", "algorithm":
-        rows = {dtype: run(weights, tmp_path / f"{order}-{dtype}", "--dtype", dtype, "--order", order)[0] for dtype in ("fp32", "bf16")}
+        fp32, bf16 = (run(weights, tmp_path / f"{order}-{dtype}", "--dtype", dtype, "--order", order)[0]
+                      for dtype in ("fp32", "bf16"))
         for key in "dmd", "fake", "gan_g", "gan_d":
-            assert rows["bf16"][key] == pytest.approx(rows["fp32"][key], rel=0.05) and rows["bf16"][key] != rows["fp32"][key]
-    assert rows["fp32"]["gan_g"] != read_log(tmp_path / "appendix-fp32")[0]["gan_g"]  # the order is a different one
+            assert bf16[key] == pytest.approx(fp32[key], rel=0.05) and bf16[key] != fp32[key]
+    assert fp32["gan_g"] != read_log(tmp_path / "appendix-fp32")[0]["gan_g"]  # the orders differ
 
 
 def test_ablations_and_open_choices(tmp_path):
@@ -957,37 +1008,44 @@ def test_ablations_and_open_choices(tmp_path):
     assert not {"r1", "r2"} & no_r.keys() and no_r["gan_d"] > 0
     latent = run(weights, tmp_path / "latent", "--latent_gan")[0]
     assert latent["logit_gen"] != full["logit_gen"] and latent["dmd"] == full["dmd"]
-    small = run(weights, tmp_path / "small", *"--remat block --latents_per_pass 1 --raft_group 3 --checkpointing".split())[0]
-    assert small.pop("phase") == "mogan" and small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
-    pixel = run(weights, tmp_path / "pixel", "--r_space", "pixel", "--r_form", "printed", "--real_roundtrip")[0]
-    assert 0 < pixel["r1"] < full["r1"] and pixel["logit_gen"] == full["logit_gen"] and pixel["logit_real"] != full["logit_real"]
+    flags = "--remat block --latents_per_pass 1 --raft_group 3 --checkpointing".split()
+    small = run(weights, tmp_path / "small", *flags)[0]
+    assert small.pop("phase") == "mogan"
+    assert small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
+    flags = "--r_space pixel --r_form printed --real_roundtrip".split()
+    pixel = run(weights, tmp_path / "pixel", *flags)[0]
+    assert 0 < pixel["r1"] < full["r1"]
+    assert pixel["logit_gen"] == full["logit_gen"] and pixel["logit_real"] != full["logit_real"]
 
 
 def test_real_videos_to_a_trained_checkpoint_to_a_video(tmp_path, capsys):
     weights, videos = tiny_weights(tmp_path / "weights"), tmp_path / "videos" / "deep"
     for i, (T, H, W) in enumerate([(30, 64, 96), (40, 97, 51), (3, 64, 64)]):
-        write_raw_size = moving_clip(T, H + H % 2, W + W % 2)
-        write_video(videos / f"{i}.mp4", write_raw_size, 24)
+        write_video(videos / f"{i}.mp4", moving_clip(T, H + H % 2, W + W % 2), 24)
     whole = (videos / "0.mp4").read_bytes()
     (videos / "cut.mp4").write_bytes(whole[: len(whole) // 2])
     (videos / "text.mp4").write_text("hello")
     (tmp_path / "prompts.txt").write_text("a red circle\n\n# a comment\na circle moving right\n")
-    flags = ["--videos", str(videos.parent), "--prompts", str(tmp_path / "prompts.txt"), "--steps", "3", "--samples", "1", "--workers", "1"]
+    flags = "--steps 3 --samples 1 --workers 1".split()
+    flags += ["--videos", str(videos.parent), "--prompts", str(tmp_path / "prompts.txt")]
     rows = run(weights, tmp_path / "run", *flags)
     printed = capsys.readouterr().out
     assert len([row for row in rows if row["phase"] == "mogan"]) == 3
     skipped = [line for line in printed.splitlines() if "skipped" in line]
-    assert len(skipped) == len(set(skipped)) and all("text.mp4" in s or "cut.mp4" in s or "2.mp4" in s for s in skipped) and skipped
+    assert skipped and len(skipped) == len(set(skipped))
+    assert all("text.mp4" in line or "cut.mp4" in line or "2.mp4" in line for line in skipped)
     assert read_video(tmp_path / "run" / "samples" / "step-000003-0.mp4")[0].shape[1] == 9  # clip and flow
-    sample.main(["--preset", "toy", "--weights", str(weights), "--generator", str(tmp_path / "run" / "generator.safetensors"), "--cache",
-                 str(tmp_path / "cache"), "--prompt", "a red circle", "--frames", "9", "--height", "32", "--width", "32", "--out", str(tmp_path / "x.mp4")])
+    flags = ["--weights", weights, "--generator", tmp_path / "run" / "generator.safetensors",
+             "--cache", tmp_path / "cache", "--prompt", "a red circle", "--out", tmp_path / "x.mp4"]
+    sample.main([*"--preset toy --frames 9 --height 32 --width 32".split(), *map(str, flags)])
     assert read_video(tmp_path / "x.mp4")[0].shape == (3, 9, 32, 32)
 
 
 def test_non_finite_updates_are_left_out_and_end_the_run(tmp_path, capsys):
     weights = tiny_weights(tmp_path / "weights")
     state, meta = model.read_state_dict(weights / "teacher.safetensors")
-    save_file({**state, "head.head.bias": state["head.head.bias"] * math.nan}, tmp_path / "nan.safetensors", metadata=meta)
+    state["head.head.bias"] = state["head.head.bias"] * math.nan
+    save_file(state, tmp_path / "nan.safetensors", metadata=meta)
     with pytest.raises(SystemExit):
         run(weights, tmp_path / "run", "--generator", str(tmp_path / "nan.safetensors"), "--warmup_steps", "9")
     assert "five updates of fake_score in a row were not finite" in capsys.readouterr().err
@@ -1000,12 +1058,16 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.mp4").write_text("text")
     save_dit(WanDiT(TINY), tmp_path / "other.safetensors")
-    cases = {"--step 3": "unrecognized arguments: --step", "--preset wan": "expected --preset auto, wan1.3b", "--batch x": "invalid int value",
-             "--frames 10": "1 \\+ 4k .*got 10: try 9", "--height 40": "divisible by 16, got 40 x", "--height 128": "toy world's real clips, got 128", "--window 9": "--window 1 to 2",
-             "--discriminator_batch 9": "at most batch \\* fake_steps = 4", "--order x": "appendix or algorithm, got x",
-             f"--videos {empty}": "expected videos .* found none", f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
+    cases = {"--step 3": "unrecognized arguments: --step", "--preset wan": "expected --preset auto, wan1.3b",
+             "--batch x": "invalid int value", "--frames 10": "1 \\+ 4k .*got 10: try 9",
+             "--height 40": "divisible by 16, got 40 x", "--window 9": "--window 1 to 2",
+             "--height 128": "toy world's real clips, got 128", "--order x": "appendix or algorithm, got x",
+             "--discriminator_batch 9": "at most batch \\* fake_steps = 4",
+             f"--videos {empty}": "expected videos .* found none",
+             f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
              f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "none.txt: no such file",
-             f"--weights {empty}": "none of diffusion_pytorch_model", f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}
+             f"--weights {empty}": "none of diffusion_pytorch_model",
+             f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}
     for flags, message in cases.items():
         with pytest.raises(SystemExit) as stop:
             run(weights, tmp_path / "run", *flags.split())
@@ -1021,7 +1083,7 @@ def test_dry_run(capsys):
     assert '"discriminator_batch": 64' in printed and "1419.0 M parameters" in printed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # toy/
 
 
@@ -1042,7 +1104,8 @@ def test_exact_flow_moves_each_frame_onto_the_next():
         grid = torch.stack([x, y], 3) / 31.5 - 1                                    # where each pixel goes, [-1, 1]
         landed = F.grid_sample(truth.pixels[:, :, t + 1], grid, align_corners=True)
         core = truth.coverage[:, t] > .99
-        moved, still = ((img - truth.pixels[:, :, t]).abs().mean(1)[core].mean() for img in (landed, truth.pixels[:, :, t + 1]))
+        moved, still = ((image - truth.pixels[:, :, t]).abs().mean(1)[core].mean()
+                        for image in (landed, truth.pixels[:, :, t + 1]))
         assert moved < .02 and moved < .3 * still
     assert torch.allclose(truth.position.diff(dim=1), truth.velocity[:, None].expand(-1, 16, -1), atol=1e-4)
 
@@ -1061,7 +1124,8 @@ def test_tracker_notices_what_is_wrong():
     shaken = truth.pixels.clone()
     shaken[:, :, 1::2] = shaken[:, :, 1::2].roll(2, dims=4)
     assert world.track(shaken)["jitter"].mean() > 5 * world.track(truth.pixels)["jitter"].mean()
-    twice = torch.where(truth.coverage[:, None].roll((20, 20), (3, 4)) > .5, truth.pixels.roll((20, 20), (3, 4)), truth.pixels)
+    elsewhere = truth.coverage[:, None].roll((20, 20), (3, 4)) > 0.5
+    twice = torch.where(elsewhere, truth.pixels.roll((20, 20), (3, 4)), truth.pixels)
     assert (world.track(twice)["blobs"] >= 2).float().mean() > .7
     room = world.track(truth.pixels[..., :1, :1].expand_as(truth.pixels))
     assert not room["one_blob"].any()
@@ -1070,7 +1134,8 @@ def test_tracker_notices_what_is_wrong():
 
 
 def test_prompts_and_their_attributes():
-    assert len(set(world.PROMPTS)) == 216 and [world.prompt(*world.attributes(p)) for p in world.PROMPTS] == world.PROMPTS
+    assert len(set(world.PROMPTS)) == 216
+    assert [world.prompt(*world.attributes(p)) for p in world.PROMPTS] == world.PROMPTS
     assert world.held_out() == world.held_out() and len(set(world.held_out())) == 200
     with pytest.raises(ValueError, match="purple"):
         world.attributes("a purple circle moving left")
@@ -1085,7 +1150,8 @@ def test_shipped_vae_carries_clips():
 
 
 def test_shipped_raft_sees_the_exact_flow():
-    raft, truth = load_raft(WEIGHTS["toy"] / "raft.safetensors"), world.clips(list(range(910, 922)), motion_rich=True)
+    raft = load_raft(WEIGHTS["toy"] / "raft.safetensors")
+    truth = world.clips(list(range(910, 922)), motion_rich=True)
     with torch.no_grad():
         flow = raft(truth.pixels[:, :, 4], truth.pixels[:, :, 5], 4)
     error = (flow - truth.flow[:, :, 4]).norm(dim=1)
@@ -1102,12 +1168,12 @@ def test_shipped_weights_are_small():
     assert sum(p.stat().st_size for p in Path(WEIGHTS["toy"]).glob("*.safetensors")) < 12e6
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # eval.py
 
 
 FIELDS = {"gauss_30x52": lambda: np.random.RandomState(11).standard_normal((2, 30, 52)) * 5,
-          "affine_48x80": lambda: np.stack([0.25 * np.arange(80)[None].repeat(48, 0) - 10, 0.5 * np.arange(48)[:, None].repeat(80, 1) - 12]),
+          "affine_48x80": lambda: np.stack(np.meshgrid(0.25 * np.arange(80) - 10, 0.5 * np.arange(48) - 12)),
           "patch_33x47": lambda: patch(30, 40, 5, 12), "smallpatch_33x47": lambda: patch(3, -4, 5, 8)}
 
 
@@ -1117,38 +1183,23 @@ def patch(u, v, top, bottom):
     return flow
 
 
-def golden_value(key, shape, scale):
-    """A golden weight from its key and shape only; `scale` is (mean, spread) of the 1-D ones: norm scales or PReLU slopes."""
-    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    gain = 0.1 if key.startswith(("decoder1.convblock.2.", "comb_block.2.")) else 0.5 if "flow_head.conv2" in key else 1
-    value = gain * n / np.prod(shape[1:]) ** 0.5 if len(shape) > 1 else scale[0] + scale[1] * n
-    value = 0.05 * n if key.endswith("bias") else 0.5 * n if key.endswith(("_emb", "cls")) else value
-    return torch.tensor(value, dtype=torch.float32)
-
-
-def golden_net(net, manifest, total, scale=(1, 0.1)):
-    """The net with the golden weights of a manifest, checked against their absolute sum."""
-    state = {key: golden_value(key, shape, scale) for key, shape in json.loads((GOLDEN / manifest).read_text()).items()}
-    assert abs(sum(value.double().abs().sum().item() for value in state.values()) - total) < 1e-3
-    net.load_state_dict(state, strict=True)
-    return net.eval().requires_grad_(False)
-
-
 def row(prompt, index=0, **values):
-    return {"video": f"{prompt}-{index}.mp4", "prompt": prompt, "index": index, "scores": values, "skipped": {},
-            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "bytes": 1, "mtime": 1, "path": Path(f"{prompt}-{index}.mp4")}
+    name = f"{prompt}-{index}.mp4"
+    return {"video": name, "prompt": prompt, "index": index, "scores": values, "skipped": {}, "path": Path(name),
+            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "bytes": 1, "mtime": 1}
 
 
 def answers(name, **chosen):
     """An answer file: per question a string of a, b, t, one letter a pair."""
     full = {"a": "a", "b": "b", "t": "tie"}
-    each = [dict(prompt="p", index=i, **{q: full[chosen[q][i]] for q in chosen}) for i in range(len(chosen["motion"]))]
-    return {"survey": "s", "annotator": name, "folders": ["ours", "theirs"], "pairs": len(each), "answers": each}
+    count = len(chosen["motion"])
+    each = [dict(prompt="p", index=i, **{q: full[chosen[q][i]] for q in chosen}) for i in range(count)]
+    return {"survey": "s", "annotator": name, "folders": ["ours", "theirs"], "pairs": count, "answers": each}
 
 
 def test_amt_smoothness_equals_vbench():
     golden = load_file(GOLDEN / "amt_s_golden.safetensors")
-    net = golden_net(AMT(), "manifest_amt_s.json", 89483.81470339859, (0.25, 0.05))
+    net = golden_net(AMT(), "amt_s", 89483.81470339859, (0.25, 0.05))
     frame = net(golden["frame0"][None].float() / 255, golden["frame1"][None].float() / 255)
     torch.testing.assert_close(frame[0], golden["imgt_pred"], atol=1e-4, rtol=0)
     between = [scores.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
@@ -1164,14 +1215,17 @@ def test_amt_smoothness_equals_vbench():
 
 def test_musiq_imaging_quality_equals_vbench():
     golden = load_file(GOLDEN / "musiq_golden.safetensors")
-    net = golden_net(MUSIQ(), "manifest_musiq.json", 808535.4199490941)
+    net = golden_net(MUSIQ(), "musiq", 808535.4199490941)
     torch.testing.assert_close(net(golden["frames"].float() / 255), golden["scores"], atol=1e-4, rtol=0)
-    assert abs(100 * scores.imaging_quality(net, golden["frame_480x832"][None]) - golden["score_480x832"].item()) < 1e-4
+    score = scores.imaging_quality(net, golden["frame_480x832"][None])
+    assert abs(100 * score - golden["score_480x832"].item()) < 1e-4
 
 
 def test_vbench_preprocessing():
-    golden, frame = load_file(GOLDEN / "vbench_preprocess_golden.safetensors"), load_file(GOLDEN / "musiq_golden.safetensors")["frame_480x832"]
-    torch.testing.assert_close(scores.clip_input(golden["clip_frame"][None].float())[0], golden["clip_out"], atol=1e-6, rtol=0)
+    golden = load_file(GOLDEN / "vbench_preprocess_golden.safetensors")
+    frame = load_file(GOLDEN / "musiq_golden.safetensors")["frame_480x832"]
+    x = scores.clip_input(golden["clip_frame"][None].float())[0]
+    torch.testing.assert_close(x, golden["clip_out"], atol=1e-6, rtol=0)
     rows = scores.longer_512(frame[None].float())[0, :, [0, 147, 294]]
     torch.testing.assert_close(rows, golden["longer_out_rows_0_147_294"], atol=1e-6, rtol=0)
 
@@ -1181,15 +1235,15 @@ def test_dynamic_degree_decides_as_vbench():
     for case in golden["cases"]:
         sampled = len(range(0, case["n_frames"], scores.sample_step(case["fps"])))
         assert sampled == case["n_sampled"], case["name"]
-        assert scores.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"]) == case["decision"], case["name"]
+        decision = scores.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"])
+        assert decision == case["decision"], case["name"]
     for case in golden["statistic_cases"]:
         flow = torch.tensor(FIELDS[case["name"]](), dtype=torch.float32)
         assert abs(scores.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
 
 
 def test_dynamic_degree_measures_raft_on_sampled_frames():
-    golden = load_file(GOLDEN / "raft_small_golden.safetensors")
-    net = golden_net(raft.RAFT(raft.CONFIGS["small"]), "manifest_raft_princeton_small.json", 28551.48879625985)
+    net, golden = golden_raft("small")
     frames = golden["frames"].repeat_interleave(2, dim=0)  # at 16 fps every second frame is looked at
     decision, magnitudes = scores.dynamic_degree(net, frames, 16.0, iters=4)
     expected = [scores.fast_pixels(flow) for flow in golden["flow_up_it4"]]
@@ -1200,10 +1254,12 @@ def test_dynamic_degree_measures_raft_on_sampled_frames():
 def test_aesthetic_quality_is_a_linear_head_on_clip():
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
     torch.manual_seed(0)
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, patch_size=56, projection_dim=16)
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+                              patch_size=56, projection_dim=16)
     clip, head = CLIPVisionModelWithProjection(config).eval(), torch.nn.Linear(16, 1)
     frames = torch.randint(0, 256, (3, 3, 240, 300), dtype=torch.uint8)
-    embedding = torch.cat([clip(pixel_values=scores.clip_input(frame[None].float())).image_embeds for frame in frames])
+    pictures = [clip(pixel_values=scores.clip_input(frame[None].float())) for frame in frames]
+    embedding = torch.cat([picture.image_embeds for picture in pictures])
     expected = head(embedding / embedding.norm(dim=1, keepdim=True)).mean().item() / 10
     assert abs(scores.aesthetic_quality(clip, head, frames) - expected) < 1e-6
 
@@ -1245,7 +1301,7 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     (tmp_path / "empty-0.mp4").write_bytes(b"")
     (tmp_path / "text-0.mp4").write_text("no video")
     (tmp_path / "cut-0.mp4").write_bytes((tmp_path / "portrait-0.mp4").read_bytes()[:1500])
-    with av.open(str(tmp_path / "no rate-0.mp4"), "w", format="h264") as bare:  # a bare stream, which has no time stamps
+    with av.open(str(tmp_path / "no rate-0.mp4"), "w", format="h264") as bare:  # it has no time stamps
         stream = bare.add_stream("libx264", rate=16, options={"bf": "0"})
         stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
         for _ in range(4):
@@ -1259,8 +1315,9 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     assert {r["video"]: r["skipped"]["smoothness"].split(":")[0] for r in rows if r["skipped"]} == {
         "one frame-0.mp4": "1 frames", "portrait-0.mp4": "32x48 frames"}
     header, cells = scores.score_table(["odd"], [rows], {"smoothness": "smoothness"})
-    assert dict(zip(header, cells)) == {"folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16",
-                                        "frames": "1-6", "size": "32x48", "left out": "4"}
+    assert dict(zip(header, cells)) == {
+        "folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16", "frames": "1-6",
+        "size": "32x48", "left out": "4"}
     with pytest.raises(ValueError, match="none of the prompts"):
         scores.find_videos(tmp_path, {"a cat"})
 
@@ -1280,7 +1337,8 @@ def test_differences_are_paired_and_bootstrapped():
 
 
 def test_tally_counts_wins_of_the_first_folder(tmp_path):
-    files = [answers("one", motion="aabt", visual="tttt", text="bbbb"), answers("two", motion="aaaa", visual="tttt", text="bbba")]
+    files = [answers("one", motion="aabt", visual="tttt", text="bbbb"),
+             answers("two", motion="aaaa", visual="tttt", text="bbba")]
     result = scores.tally(files)
     assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
     assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
@@ -1288,9 +1346,10 @@ def test_tally_counts_wins_of_the_first_folder(tmp_path):
     paths = [tmp_path / f"{i}.json" for i in range(3)]
     for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}]):
         path.write_text(json.dumps(file))
-    for pair, reason in (paths[:2], "of one person"), (paths[::2], "different surveys"), ([tmp_path / "no"], "expected answers"):
+    bad = (paths[:2], "of one person"), (paths[::2], "different surveys"), ([tmp_path / "no"], "expected answers")
+    for given, reason in bad:
         with pytest.raises(ValueError, match=reason):
-            scores.read_answers(pair)
+            scores.read_answers(given)
 
 
 def test_toy_figures_are_exact(tmp_path):
@@ -1304,18 +1363,22 @@ def test_toy_figures_are_exact(tmp_path):
 
 def test_report_is_one_file_sorted_by_difference(tmp_path):
     names = ["still <b>", "moving </script>"]
-    folders = [[row(name, 0, motion=value) for name, value in zip(names, values)] for values in ([0.5, 0.5], [0.5, 0.9])]
+    motions = (0.5, 0.5), (0.5, 0.9)
+    folders = [[row(name, 0, motion=value) for name, value in zip(names, values)] for values in motions]
     for i, r in enumerate(itertools.chain(*folders)):
         r["path"] = tmp_path / f"{i}.mp4"
         r["path"].write_bytes(bytes([i]) * (900 if i else 2000))
-    (tmp_path / "log.jsonl").write_text('{"step": 0, "dmd": 1.0}\n{"step": 1, "dmd": NaN}\n{"step": 2, "dmd": 0.5}\n{"st')
-    page = report.write_report(tmp_path, ["a", "b"], folders, [("Measured", [["folder", "motion"], ["a", "0.5"]])], ["a note"],
-                               {"motion": "motion score"}, runs=[tmp_path], embed_mb=0.0027).read_text()
+    log = ['{"step": 0, "dmd": 1.0}', '{"step": 1, "dmd": NaN}', '{"step": 2, "dmd": 0.5}', '{"st']
+    (tmp_path / "log.jsonl").write_text("\n".join(log))
+    tables, columns = [("Measured", [["folder", "motion"], ["a", "0.5"]])], {"motion": "motion score"}
+    runs = [tmp_path]
+    page = report.write_report(tmp_path, ["a", "b"], folders, tables, ["note"], columns, runs=runs, embed_mb=0.0027)
+    page = page.read_text()
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [r["prompt"] for r in data["rows"]] == names[::-1]
     assert [["blob" in cell for cell in r["cells"]] for r in data["rows"]] == [[True, True], [False, True]]
     assert data["rows"][1]["cells"][0]["href"] == "0.mp4" and page.count('<script type="text/plain"') == 3
-    assert page.count("<polyline") == 1 and "0.5 to 1" in page and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<polyline") == 1 and "0.5 to 1" in page and "http" not in page  # nothing from outside
 
 
 def test_survey_holds_the_common_samples(tmp_path):

@@ -1,9 +1,9 @@
-"""MoGAN post-training (arXiv 2511.21592): Algorithm 1, on one laptop process or on a cluster, by the same code path.
+"""MoGAN post-training (arXiv 2511.21592), Algorithm 1: one code path from a laptop process to a cluster.
 
-    torchrun --nproc_per_node 2 train.py                                     # the toy world: CPU, nothing to download
-    torchrun --nproc_per_node 16 train.py --videos DIR --prompts FILE        # Wan2.1-T2V-1.3B, the paper's setting
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --videos DIR --prompts FILE
-    python train.py --preset wan1.3b --dry_run                               # the resolved settings and sizes, then stop
+    torchrun --nproc_per_node 2 train.py                                # the toy world: CPU, no downloads
+    torchrun --nproc_per_node 16 train.py --videos DIR --prompts FILE   # Wan2.1-T2V-1.3B, the paper's setting
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py ...   # 2 nodes
+    python train.py --preset wan1.3b --dry_run                          # resolved settings and sizes only
 
 Every field of Config is a flag. Running the same command again resumes from the newest checkpoint in --out.
 """
@@ -32,26 +32,26 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
-from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step, few_step_times, load_dit,
-                   sample_noise, save_dit, shift_time, velocity_to_x0)
+from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step,
+                   few_step_times, load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
 from raft import clip_beside_flow, load_raft, video_flow
 from sample import read_video, video_files, write_video
 from vae import load_vae
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's values for wan1.3b; a preset is the list of what differs.
 
 
 @dataclass
 class Config:
     preset: str = "auto"            # toy, wan1.3b, wan14b; auto: wan1.3b where CUDA is available, else toy
-    out: str = ""                   # run folder, default runs/<preset>: checkpoints, log.jsonl, samples, generator.safetensors
+    out: str = ""                   # run folder, default runs/<preset>: checkpoints, log, samples, exports
     seed: int = 0
     # weights: files, folders or hub names
     weights: str = ""               # folder of the preset's weights, default as in README
-    generator: str = ""             # a 3-step student to start from; default the preset's own, else the teacher
-    fake_score: str = ""            # that student's own, as a run exports it; default the preset's, else the teacher
+    generator: str = ""             # 3-step student to start from; default the preset's own, else the teacher
+    fake_score: str = ""            # its own, as a run exports it; default the preset's, else the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
     # data
     videos: str = ""                # folder of real videos, searched recursively
@@ -59,21 +59,21 @@ class Config:
     height: int = 480
     width: int = 832
     frames: int = 81                # 1 + 4k
-    fps: int = 16                   # real videos are resampled to it: another frame rate would be a trivial cue
+    fps: int = 16                   # real videos are resampled to it, so that the frame rate is no cue
     workers: int = 2                # processes a rank that decode real videos ahead of the step
     # length of each phase, in cycles
     steps: int = 800                # full MoGAN cycles (App. B)
-    warmup_steps: int = -1          # DMD alone before them, which makes the 3-step start; -1: 600 from the teacher, else 0
+    warmup_steps: int = -1          # DMD alone first, to a 3-step start; -1: 600 from the teacher, else 0
     fake_warmup: int = -1           # fake score alone, before all else; -1: 50 for a given student, else 0
     discriminator_warmup: int = 20  # discriminator heads alone, before the first full cycle
     # optimisation
     batch: int = 16                 # samples of a generator or fake-score update, over all ranks
-    discriminator_batch: int = 64   # clips of a discriminator update, over all ranks; at most batch * fake_steps
+    discriminator_batch: int = 64   # clips of its update, over all ranks; at most batch * fake_steps
     micro_batch: int = 1            # samples a rank computes at once; the rest is gradient accumulation
     lr_generator: float = 1e-5
     lr_fake_score: float = 1e-5
     lr_discriminator: float = 1e-5
-    beta1: float = 0.0              # CHOICE: no momentum leaks between the generator's two objectives, which share an optimizer
+    beta1: float = 0.0              # CHOICE: 0, so that the generator's two objectives share no momentum
     beta2: float = 0.999
     weight_decay: float = 0.01
     clip: float = 10.0              # gradient norm
@@ -83,6 +83,7 @@ class Config:
     timesteps: tuple = (1000, 757, 522)
     shift: float = 8.0
     guidance: float = 3.5           # w of x_pos + w (x_pos - x_neg), the usual scale minus 1
+    negative_prompt: str = NEGATIVE_PROMPT
     t_min: float = 0.02
     t_max: float = 0.98
     fake_steps: int = 4
@@ -92,9 +93,9 @@ class Config:
     lambda_r1: float = 0.3
     lambda_r2: float = 0.3
     sigma: float = 0.01             # noise of R1 and R2
-    r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: without sigma, as in Eq. 6-7
-    r_space: str = "latent"         # noise of R1 and R2 on the encoded flow (latent) or on the motion tensor (pixel)
-    window: int = 12                # four-frame chunks behind one boundary frame: 12 are the paper's 49 frames
+    r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: Eq. 6-7, no sigma
+    r_space: str = "latent"         # where R1 and R2 add noise: encoded flow (latent), motion tensor (pixel)
+    window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
     window_start: str = "random"    # random, first
     raft_iters: int = 12
     flow_scale: float = 16.0        # px/frame, see motion_tensor
@@ -102,9 +103,9 @@ class Config:
     taps: tuple = (7, 13, 15)       # blocks with a head
     t_star: str = "zero"            # zero (the paper), random (APT): the discriminator's timestep
     real_roundtrip: bool = False    # pass real clips through the VAE, so that its blur is no cue
-    order: str = "appendix"         # appendix: generator before discriminator; algorithm: after it, as Algorithm 1 prints
+    order: str = "appendix"         # generator before discriminator; algorithm: after, as Algorithm 1 prints
     # memory against time; the result is the same
-    remat: str = "block"            # what the VAE's backward recomputes: none, each pass, or each pass block by block
+    remat: str = "block"            # the VAE's backward recomputes nothing (none), a pass at once, or a block
     latents_per_pass: int = 1       # latents the VAE takes at once
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
@@ -122,14 +123,18 @@ class Config:
 PRESETS = {
     "wan1.3b": {},
     "wan14b": {},
-    "toy": dict(height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, batch=12, discriminator_batch=12, micro_batch=12,
-                lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4, timesteps=(1000, 857, 600), shift=3.0, guidance=2.0, fake_steps=2,
-                window=2, raft_iters=4, flow_scale=3.0, remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False, depth=4, taps=(1, 2, 3), sigma=0.05, sample_every=20),
+    "toy": dict(
+        height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, sample_every=20,
+        batch=12, discriminator_batch=12, micro_batch=12, fake_steps=2,
+        lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
+        timesteps=(1000, 857, 600), shift=3.0, guidance=2.0, negative_prompt="",
+        sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3),
+        remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False),
 }
 
 
 def parse_flags(argv):
-    """Config from flags over the preset's row over the defaults; unknown flags, presets and values are one line each."""
+    """Config from flags over the preset's row over the defaults; anything unknown ends with one line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.error = lambda message: stop(f"{message} (train.py --help lists the flags)")
     for field in fields(Config):
@@ -137,11 +142,13 @@ def parse_flags(argv):
         if field.type is tuple:
             kind = dict(type=int, nargs="+")
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, **kind)
-    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(parser.parse_args(argv)).items()}
+    flags = vars(parser.parse_args(argv))
+    flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
     preset = flags.get("preset", "auto")
     if preset == "auto":
         preset = "wan1.3b" if torch.cuda.is_available() else "toy"
-        say(f"preset {preset} ({'' if preset != 'toy' else 'no '}CUDA here; --preset {' or '.join(PRESETS)} to choose)")
+        say(f"preset {preset} ({'no ' if preset == 'toy' else ''}CUDA here; "
+            f"--preset {' or '.join(PRESETS)} to choose)")
     if preset not in PRESETS:
         raise ValueError(f"expected --preset auto, {', '.join(PRESETS)}; got {preset}")
     cfg = Config(**{**PRESETS[preset], **flags, "preset": preset})
@@ -160,31 +167,38 @@ def resolve(cfg):
     if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
         cfg.fake_warmup = 50 if cfg.generator and not cfg.fake_score else 0
     if cfg.preset != "toy":
-        cfg.videos, cfg.prompts = cfg.videos or str(REPO / "data" / "videos"), cfg.prompts or str(REPO / "data" / "prompts.txt")
+        cfg.videos = cfg.videos or str(REPO / "data" / "videos")
+        cfg.prompts = cfg.prompts or str(REPO / "data" / "prompts.txt")
     return cfg
 
 
 def check(cfg):
     """Raise ValueError, one line, for settings that cannot run."""
-    for name, allowed in dict(r_form=("divided", "printed"), r_space=("latent", "pixel"), window_start=("random", "first"),
-                              t_star=("zero", "random"), order=("appendix", "algorithm"), remat=("none", "pass", "block"), dtype=("auto", "bf16", "fp32")).items():
+    choices = dict(
+        r_form=("divided", "printed"), r_space=("latent", "pixel"), window_start=("random", "first"),
+        t_star=("zero", "random"), order=("appendix", "algorithm"), remat=("none", "pass", "block"),
+        dtype=("auto", "bf16", "fp32"))
+    for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"expected --{name} {' or '.join(allowed)}, got {getattr(cfg, name)}")
+    chunks, size = (cfg.frames - 1) // 4, f"{cfg.height} x {cfg.width}"
     if cfg.frames % 4 != 1 or cfg.frames < 5:
-        raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: try {max(5, cfg.frames // 4 * 4 + 1)}")
+        raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: "
+                         f"try {max(5, cfg.frames // 4 * 4 + 1)}")
     if cfg.height % 16 or cfg.width % 16:
-        raise ValueError(f"expected --height and --width divisible by 16, got {cfg.height} x {cfg.width}")
-    if not 1 <= cfg.window <= (cfg.frames - 1) // 4:
-        raise ValueError(f"expected --window 1 to {(cfg.frames - 1) // 4} chunks for {cfg.frames} frames, got {cfg.window}")
+        raise ValueError(f"expected --height and --width divisible by 16, got {size}")
+    if not 1 <= cfg.window <= chunks:
+        raise ValueError(f"expected --window 1 to {chunks} chunks for {cfg.frames} frames, got {cfg.window}")
     if cfg.preset == "toy" and not cfg.videos and ((cfg.height, cfg.width) != (64, 64) or cfg.frames > 17):
-        raise ValueError(f"expected 64 x 64 and at most 17 frames, the size of the toy world's real clips, got {cfg.height} x {cfg.width} x "
-                         f"{cfg.frames}: give --videos for other sizes")
+        raise ValueError("expected 64 x 64 and at most 17 frames, the size of the toy world's real clips, "
+                         f"got {size} x {cfg.frames}: give --videos for other sizes")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
-        raise ValueError(f"expected --discriminator_batch at most batch * fake_steps = {cfg.batch * cfg.fake_steps}, since it reuses "
-                         f"the fake score's samples; got {cfg.discriminator_batch}")
+        raise ValueError("expected --discriminator_batch at most batch * fake_steps = "
+                         f"{cfg.batch * cfg.fake_steps}, since it reuses the fake score's samples; "
+                         f"got {cfg.discriminator_batch}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Plumbing: one path for one process or many
 
 
@@ -211,16 +225,18 @@ def stop(line):
 
 def setup():
     """Start the process group (one process included); returns the device and the mesh to shard over."""
-    for key, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost").items():
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
+    for key, value in alone.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))  # encoding the prompts may take an hour
+    # Hours, because the other ranks wait while one encodes the prompts.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    # Inside a node parameters are sharded, across nodes replicated (HSDP): the slow links carry gradients only.
+    # Parameters are sharded inside a node and replicated across (HSDP): slow links carry gradients only.
     shape = (world() // local, local) if world() > local else (world(),)
     return torch.device("cuda" if cuda else "cpu"), init_device_mesh("cuda" if cuda else "cpu", shape)
 
@@ -251,7 +267,8 @@ class Draw(NamedTuple):
 
     def uniform(self, what):
         """One number in [0, 1) a sample, [B]."""
-        return torch.tensor([torch.rand((), generator=torch.Generator().manual_seed(s)) for s in self.seeds(what)])
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(what)]
+        return torch.tensor([torch.rand((), generator=g) for g in generators])
 
     def noise(self, shape, steps):
         """[steps, B, *shape]"""
@@ -267,10 +284,10 @@ class Draw(NamedTuple):
 
 
 def shares(batch, micro_batch):
-    """This rank's micro-batches of a global batch: (sample indices, weights) lists, equally many on every rank.
+    """This rank's micro-batches of a global batch: (sample indices, weights), equally many on every rank.
 
-    Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size over all ranks,
-    which undoes FSDP's mean: the gradient is that of the mean over the global batch, on any number of ranks.
+    Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size
+    over all ranks, which undoes FSDP's mean: the gradient is the global batch's mean, on any number of ranks.
     """
     each = math.ceil(batch / world())
     mine = [i * world() + rank() for i in range(each)]
@@ -280,7 +297,7 @@ def shares(batch, micro_batch):
 
 
 def discriminator_shares(cfg):
-    """The same for a discriminator update, whose generated half are the fake score's rollouts, in their order."""
+    """The same for a discriminator update, which takes the fake score's rollouts in their order."""
     for k in range(math.ceil(cfg.discriminator_batch / cfg.batch)):
         for index, weight in shares(cfg.batch, cfg.micro_batch):
             used = torch.tensor([k * cfg.batch + i < cfg.discriminator_batch for i in index])
@@ -300,25 +317,25 @@ class Log:
 
     def __init__(self, path, start):
         self.path = path
-        if rank() == 0 and path.exists():  # what a killed run logged after its last checkpoint will be logged again
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n") and json.loads(line)["step"] < start]
-            path.write_text("".join(lines))
+        if rank() == 0 and path.exists():  # a killed run's cycles after its last checkpoint are logged again
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
 
     def write(self, values):
         if rank() == 0:
+            odd = [key for key, v in values.items() if isinstance(v, float) and not math.isfinite(v)]
             with self.path.open("a") as file:
-                finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-                file.write(json.dumps(finite) + "\n")  # JSON has no NaN
-            text = [f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in values.items() if key != "step"]
+                file.write(json.dumps({**values, **dict.fromkeys(odd)}) + "\n")  # JSON has no NaN
+            text = [f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in values.items() if k != "step"]
             say(f"{values['step']:5d} " + " | ".join(text))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Real clips, decoded by workers ahead of the step
 
 
 class RealClips(Dataset):
-    """(step, index) -> pixels [3, T, H, W] of a random real clip (None if no file gives one), and why files were passed over."""
+    """(step, index) -> pixels [3, T, H, W] of a random real clip, or None, and why files were skipped."""
 
     def __init__(self, cfg, files, frames):
         self.cfg, self.files, self.frames = cfg, files, frames
@@ -344,23 +361,26 @@ class RealClips(Dataset):
 
 
 def real_clips(cfg, frames, first, last):
-    """Yield this rank's micro-batches of real clips [B, 3, T, H, W], cycle by cycle, decoded by workers ahead of the step.
+    """Yield this rank's micro-batches of real clips [B, 3, T, H, W], by cycle, decoded ahead of the step.
 
     A file that cannot be used is named once and passed over; ValueError if none can.
     """
     files, told = (video_files(cfg.videos) if cfg.videos else []), set()
-    keys = [[(step, i) for i in index] for step in range(first, last) for index, _ in discriminator_shares(cfg)]
-    for batch in DataLoader(RealClips(cfg, files, frames), batch_sampler=keys, collate_fn=list, num_workers=cfg.workers):
+    turns = [index for index, _ in discriminator_shares(cfg)]
+    keys = [[(step, i) for i in index] for step in range(first, last) for index in turns]
+    clips = RealClips(cfg, files, frames)
+    for batch in DataLoader(clips, batch_sampler=keys, collate_fn=list, num_workers=cfg.workers):
         for line in dict.fromkeys(line for _, skipped in batch for line in skipped if line not in told):
             told.add(line)
             tqdm.write(f"skipped: {line} ({len(told)} of {len(files)} files)")
         if any(x is None for x, _ in batch):
-            raise ValueError(f"expected videos of at least {frames / cfg.fps:.2f} s in {cfg.videos}, none of {len(files)} can be used")
+            raise ValueError(f"expected videos of at least {frames / cfg.fps:.2f} s in {cfg.videos}, "
+                             f"none of {len(files)} can be used")
         yield torch.stack([x for x, _ in batch])
 
 
 def read_prompts(path):
-    """The lines of a prompt file, without blanks and # comments; the toy world's own prompts if there is none."""
+    """The lines of a prompt file, less blanks and # comments; without a file, the toy world's own prompts."""
     if not path:
         from toy.world import PROMPTS
         return PROMPTS
@@ -373,7 +393,7 @@ def read_prompts(path):
     return prompts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The losses. All return one value per sample, [B].
 
 
@@ -384,7 +404,7 @@ def mean(x):
 def dmd_loss(z0, x0_real, x0_fake):
     """Eq. 1-2: its gradient in z0 is (x0_fake - x0_real) / mean|z0 - x0_real|, the difference of the scores.
 
-    CHOICE: Eq. 1 prints the opposite sign, with which the KL would grow; DMD's (arXiv 2405.14867) descends it.
+    CHOICE: Eq. 1 prints the opposite sign, which would raise the KL; DMD (arXiv 2405.14867) descends it.
     """
     grad = (x0_fake - x0_real) / mean((z0 - x0_real).abs()).view(-1, 1, 1, 1, 1)
     return 0.5 * mean((z0 - (z0 - grad.nan_to_num()).detach()).square())
@@ -406,14 +426,14 @@ def gan_d_loss(logit_real, logit_gen):
 
 
 def r_loss(logit, logit_noised, sigma, form):
-    """Eq. 6 and 7, a finite difference in place of the gradient penalty, which FSDP with checkpointing cannot differentiate.
+    """Eq. 6-7: a finite difference, as FSDP with checkpointing cannot differentiate a gradient penalty.
 
-    CHOICE: "divided" estimates |grad D|^2, whatever sigma is; as printed the term is sigma^2 of that, 1e-4, and does nothing.
+    CHOICE: "divided" estimates |grad D|^2 whatever sigma is; as printed it is sigma^2 of that, 1e-4: no effect.
     """
     return ((logit - logit_noised) / (sigma if form == "divided" else 1.0)).square()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Networks, checkpoints, samples
 
 
@@ -441,16 +461,18 @@ def adamw(net, lr, cfg):
     """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step."""
     optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
     for p in net.parameters():
-        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
     return optimizer
 
 
 def live_state(nets, optimizers, ema):
-    """Every tensor a resume needs, by name, as views of the live (sharded) ones: saving reads them, loading fills them in place."""
+    """Every tensor a resume needs, by name, as views of the live (sharded) ones; loading fills them."""
     state = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
     for name, optimizer in optimizers.items():
         for key, p in nets[name].named_parameters():
-            state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in optimizer.state[p].items()})
+            slots = optimizer.state[p].items()
+            state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in slots})
     return {**state, **{f"ema.{key}": value for key, value in ema.items()}}
 
 
@@ -459,7 +481,7 @@ def checkpoints(out):
 
 
 def save_checkpoint(cfg, step, state):
-    """Write aside, then rename: a kill at any moment leaves the previous checkpoint. Keeps the newest and one more."""
+    """Write aside, then rename: a kill at any moment leaves the previous checkpoint. Keeps the newest two."""
     path = Path(cfg.out) / f"checkpoint-{step:06d}"
     part = path.with_suffix(".part")
     if rank() == 0:
@@ -495,16 +517,20 @@ def export(cfg, step, net, state, name):
 
 @torch.no_grad()
 def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape):
-    """Sample fixed prompts with fixed seeds and write clip and flow side by side; returns the log entry, with scores where truth is known."""
+    """Sample fixed prompts with fixed seeds; the first four become clips beside their flow under samples/.
+
+    Returns the log entry, with exact scores where truth is known.
+    """
     device, clips = next(generator.parameters()).device, []
-    for index, _ in shares(min(cfg.samples, len(prompts)), cfg.micro_batch):
-        chosen = [prompts[i % len(prompts)] for i in index]
+    for index, _ in shares(cfg.samples, cfg.micro_batch):
+        chosen = [prompts[seed_of("prompt", i) % len(prompts)] for i in index]
         noise = sample_noise([seed_of("sample", i) for i in index], shape, len(times)).to(device)
         x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1).float()
         for i, prompt, clip in zip(index, chosen, x):
             if i < 4:
                 flow = video_flow(raft, clip[None], cfg.raft_iters)[0]
-                write_video(Path(cfg.out) / "samples" / f"step-{step:06d}-{i}.mp4", clip_beside_flow(clip, flow), cfg.fps)
+                path = Path(cfg.out) / "samples" / f"step-{step:06d}-{i}.mp4"
+                write_video(path, clip_beside_flow(clip, flow), cfg.fps)
             clips.append((i, prompt, clip.cpu()))
     if cfg.preset != "toy" or cfg.videos or cfg.prompts:
         return {"step": step, "phase": "samples"}
@@ -512,10 +538,11 @@ def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shap
     everyone = [None] * world()
     dist.all_gather_object(everyone, clips)
     clips = sorted((c for part in everyone for c in part if c[0] < cfg.samples), key=lambda c: c[0])
-    return {"step": step, "phase": "samples", **score(torch.stack([c[2] for c in clips]), [c[1] for c in clips])}
+    figures = score(torch.stack([c[2] for c in clips]), [c[1] for c in clips])
+    return {"step": step, "phase": "samples", **figures}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 
 
@@ -547,12 +574,12 @@ def see(cfg, vae, o):
 
 def trainable(net, flag, part=None):
     """Freeze or free a sharded network, or a part of it."""
-    net.reshard()  # after a forward without backward the root is still gathered: the flag would miss the sharded parameters
+    net.reshard()  # a forward without backward leaves the root gathered: the flag would miss its shards
     (part or net).requires_grad_(flag)
 
 
 def tally(sums, name, values, weight):
-    """Add a micro-batch of per-sample values to the weighted sum under this name; returns the micro-batch's part."""
+    """Add a micro-batch of per-sample values to the weighted sum under this name; returns what it added."""
     part = (values * weight.to(values.device)).sum()
     sums[name] = sums.get(name, 0) + part.detach()
     return part
@@ -572,8 +599,8 @@ def update(cfg, name, net, optimizer, sums, bad):
         bad[name] = bad.get(name, 0) + 1
         say(f"left out: an update of {name} with {figures} ({bad[name]} in a row)")
         if bad[name] == 5:
-            raise ValueError(f"five updates of {name} in a row were not finite: lower its learning rate or try --dtype fp32; "
-                             f"the last checkpoint in {cfg.out} is untouched")
+            raise ValueError(f"five updates of {name} in a row were not finite: lower its learning rate or "
+                             f"try --dtype fp32; the last checkpoint in {cfg.out} is untouched")
     optimizer.zero_grad(set_to_none=True)
     return figures
 
@@ -597,7 +624,7 @@ def train(cfg):
     if rank() == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    texts = [*prompts, NEGATIVE_PROMPT, PROMPT, ""]
+    texts = [*prompts, cfg.negative_prompt, PROMPT]
     if os.environ["LOCAL_RANK"] == "0":  # one text encoder a node; the others read its files
         encode_prompts(texts, cfg.weights, out / "contexts", device)
     dist.barrier()
@@ -606,9 +633,9 @@ def train(cfg):
     dtype = torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda") else None
     vae, raft = vae.to(device, dtype), raft.to(device)
     teacher.requires_grad_(False)
-    for net, blocks in (generator, generator.blocks), (fake_score, fake_score.blocks), (teacher, teacher.blocks), \
-                       (discriminator, discriminator.trunk.blocks):
-        shard(net, blocks, mesh, dtype, cfg.checkpointing)
+    for net in generator, fake_score, teacher:
+        shard(net, net.blocks, mesh, dtype, cfg.checkpointing)
+    shard(discriminator, discriminator.trunk.blocks, mesh, dtype, cfg.checkpointing)
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
@@ -617,29 +644,34 @@ def train(cfg):
         dcp.load(state, checkpoint_id=saved[-1])
         say(f"resumed {saved[-1]}")
 
-    times, shape = few_step_times(cfg.timesteps, cfg.shift), (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)
-    negative = contexts([NEGATIVE_PROMPT if cfg.preset != "toy" else ""]).to(device)
+    times = few_step_times(cfg.timesteps, cfg.shift)
+    shape = (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)
+    negative = contexts([cfg.negative_prompt]).to(device)
     motion_context = contexts([PROMPT]).to(device)
-    for net in nets.values():  # FSDP settles a net's gradient dtype at its first forward: let that be while it can train
+    for net in nets.values():  # FSDP settles its gradient dtype at the first forward: trainable there
         with torch.no_grad():
-            net(torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device), motion_context)
+            z, t = torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device)
+            net(z, t, motion_context)
         trainable(net, True)
 
     def rollout(draw):
-        """z0 of the generator by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
+        """z0 by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
         context = contexts([prompts[seed % len(prompts)] for seed in draw.seeds("prompt")]).to(device)
-        # CHOICE: one exit step an update. A forward of a sharded net is collective, so all ranks must leave together.
-        exit_step = draw.choice("exit", len(times))
-        return few_step(generator, draw.noise(shape, len(times)).to(device), context, times, exit_step), context
+        # CHOICE: one exit step an update: a sharded forward is collective, so all ranks leave together.
+        exit_step, noise = draw.choice("exit", len(times)), draw.noise(shape, len(times)).to(device)
+        return few_step(generator, noise, context, times, exit_step), context
 
     def score_times(draw):
-        """t [B] of a score update. CHOICE: uniform, shifted towards noise, clamped, as CausVid; the paper says t ~ [0, 1]."""
+        """t [B] of a score update. CHOICE: uniform, shifted, clamped, as CausVid; the paper: t ~ [0, 1]."""
         return shift_time(draw.uniform("t"), cfg.shift).clamp(cfg.t_min, cfg.t_max).to(device)
 
     def judge(seen, draw):
         """Logits [B n] of n tensors of B motion latents each."""
-        t = shift_time(draw.uniform("t*"), cfg.shift).to(device) if cfg.t_star == "random" else torch.zeros(len(draw.index), device=device)
-        return discriminator(seen, t.repeat(len(seen) // len(t)), motion_context.expand(len(seen), -1, -1))
+        t = torch.zeros(len(draw.index))
+        if cfg.t_star == "random":
+            t = shift_time(draw.uniform("t*"), cfg.shift)
+        t = t.to(device).repeat(len(seen) // len(t))
+        return discriminator(seen, t, motion_context.expand(len(seen), -1, -1))
 
     bad, log = {}, Log(out / "log.jsonl", start)
     for step in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
@@ -650,9 +682,11 @@ def train(cfg):
         if step == last:
             break
         began, phase, figures, rollouts = time.time(), phases[step], {}, []
-        window_start = Draw(cfg.seed, step, "window", []).choice("start", f - window) if cfg.window_start == "random" else 0
+        window_start = 0
+        if cfg.window_start == "random":
+            window_start = Draw(cfg.seed, step, "window", []).choice("start", f - window)
 
-        # 1. Generator: distribution matching.                                             Alg. 1 l.3-7, Eq. 1-2
+        # 1. Generator: distribution matching.                                  Alg. 1 l.3-7, Eq. 1-2
         if phase in ("dmd_warmup", "mogan") and not cfg.no_dmd:
             sums = {}
             for index, weight in shares(cfg.batch, cfg.micro_batch):
@@ -669,22 +703,23 @@ def train(cfg):
             figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
             figures["norm_dmd"] = figures.pop("norm_generator")
 
-        # 2. Fake score: follow the generator by flow matching.                             Alg. 1 l.8-13, Eq. 3
+        # 2. Fake score: follow the generator by flow matching.                 Alg. 1 l.8-13, Eq. 3
         for k in range(cfg.fake_steps):
             sums = {}
             for index, weight in shares(cfg.batch, cfg.micro_batch):
                 draw = Draw(cfg.seed, step, f"fake{k}", index)
                 with torch.no_grad():
                     z0, context = rollout(draw)
-                rollouts.append(z0)  # CHOICE: they are the discriminator's generated half as well, batch * fake_steps of them
+                rollouts.append(z0)  # CHOICE: also the discriminator's generated half, batch * fake_steps
                 if not cfg.no_dmd:
                     t, noise = score_times(draw), draw.renoise(shape).to(device)
-                    tally(sums, "fake", fake_loss(fake_score(add_noise(z0, noise, t), t, context), noise, z0), weight).backward()
+                    v_fake = fake_score(add_noise(z0, noise, t), t, context)
+                    tally(sums, "fake", fake_loss(v_fake, noise, z0), weight).backward()
             if sums:
                 figures |= update(cfg, "fake_score", fake_score, optimizers["fake_score"], sums, bad)
 
         for turn in ("generator", "discriminator")[:: 1 if cfg.order == "appendix" else -1]:
-            # 3. Generator: its flow shall look real.                                      Alg. 1 l.14-16, 19, Eq. 5
+            # 3. Generator: its flow shall look real.                           Alg. 1 l.14-16, 19, Eq. 5
             if turn == "generator" and phase == "mogan":
                 sums = {}
                 trainable(discriminator, False)
@@ -697,7 +732,7 @@ def train(cfg):
                 figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
                 figures["norm_gan"] = figures.pop("norm_generator")
 
-            # 4. Discriminator: real against generated motion, with R1 and R2.             Alg. 1 l.15-18, Eq. 4, 6-8
+            # 4. Discriminator: real against generated motion, with R1 and R2.  Alg. 1 l.15-18, Eq. 4, 6-8
             if turn == "discriminator" and phase in ("discriminator_warmup", "mogan"):
                 sums = {}
                 trainable(discriminator, phase == "mogan", discriminator.trunk)
@@ -709,12 +744,15 @@ def train(cfg):
                         seen, r1, r2 = see(cfg, vae, torch.cat([o_real, o_gen])), 0, 0
                         if not cfg.no_r:
                             target = torch.cat([o_real, o_gen]) if cfg.r_space == "pixel" else seen
-                            noised = target + cfg.sigma * draw.noise(target.shape[1:], 2).flatten(0, 1).to(device)
-                            seen = torch.cat([seen, see(cfg, vae, noised) if cfg.r_space == "pixel" else noised])
+                            noise = draw.noise(target.shape[1:], 2).flatten(0, 1).to(device)
+                            noised = target + cfg.sigma * noise
+                            noised = see(cfg, vae, noised) if cfg.r_space == "pixel" else noised
+                            seen = torch.cat([seen, noised])
                     logit_real, logit_gen, *logits_noised = judge(seen, draw).chunk(len(seen) // len(index))
                     if not cfg.no_r:
-                        r1 = tally(sums, "r1", r_loss(logit_real, logits_noised[0], cfg.sigma, cfg.r_form), weight)
-                        r2 = tally(sums, "r2", r_loss(logit_gen, logits_noised[1], cfg.sigma, cfg.r_form), weight)
+                        r1 = r_loss(logit_real, logits_noised[0], cfg.sigma, cfg.r_form)
+                        r2 = r_loss(logit_gen, logits_noised[1], cfg.sigma, cfg.r_form)
+                        r1, r2 = tally(sums, "r1", r1, weight), tally(sums, "r2", r2, weight)
                     gan_d = tally(sums, "gan_d", gan_d_loss(logit_real, logit_gen), weight)
                     (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
                     tally(sums, "logit_real", logit_real, weight), tally(sums, "logit_gen", logit_gen, weight)
@@ -724,7 +762,7 @@ def train(cfg):
             value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)
         peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
         log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
-    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # what a later run would have to fit first
+    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it anew
     export(cfg, last, generator, generator.state_dict(), "generator")
     if ema:
         export(cfg, last, generator, ema, "generator_ema")
@@ -742,8 +780,8 @@ def say_warmup(cfg):
     if cfg.warmup_steps:
         forwards = (1 + 4 + 3) + cfg.fake_steps * (2 + 4)  # rollouts leave after two steps on average
         eflop = cfg.warmup_steps * cfg.batch * forwards * forward_tflop(CONFIGS[cfg.preset], cfg) / 1e6
-        say(f"{cfg.warmup_steps} cycles of distribution matching come first: {eflop:.2g} EFLOP, {eflop / 1.44:.2g} GPU-hours at "
-            "400 TFLOP/s; --generator STUDENT starts from a 3-step one instead")
+        say(f"{cfg.warmup_steps} cycles of distribution matching come first: {eflop:.2g} EFLOP, "
+            f"{eflop / 1.44:.2g} GPU-hours at 400 TFLOP/s; --generator STUDENT starts from a 3-step one")
 
 
 def dry_run(cfg):
@@ -762,7 +800,7 @@ def dry_run(cfg):
 def main(argv=None):
     try:
         cfg = parse_flags(argv)
-        say(json.dumps(asdict(cfg)))
+        say(json.dumps(asdict(cfg), ensure_ascii=False))
         dry_run(cfg) if cfg.dry_run else train(cfg)
     except (ValueError, OSError) as error:
         stop(str(error))
