@@ -44,7 +44,7 @@ class PredictionHead(nn.Module):
         dtype = self.token.dtype
         x = F.layer_norm(x, x.shape[-1:], self.norm.weight.float(), self.norm.bias.float()).to(dtype)
         token = self.token + self.attn(self.token.expand(len(x), -1, -1), x)      # [B, 1, D]
-        return (token + self.mlp(self.norm_mlp(token)))[:, 0]                     # [B, D]
+        return (token + self.mlp(self.norm_mlp(token))).sum(dim=1)                # [B, D], not a view for FSDP
 
 
 class MotionDiscriminator(nn.Module):

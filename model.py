@@ -15,8 +15,9 @@ import hashlib
 import html
 import json
 import math
-import os
 import re
+import time
+import uuid
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -189,7 +190,7 @@ class Block(nn.Module):
         """The residual stream x [B, L, D] fp32; e0 [B, 6, D] fp32; context [B, text_len, D]; a rope_table."""
         # Checkpointing inside the sharded block: recomputation finds its parameters already gathered.
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.run, x, e0, context, rope, use_reentrant=False)
+            return checkpoint(self.run, x, e0, context, rope, use_reentrant=False, preserve_rng_state=False)
         return self.run(x, e0, context, rope)
 
     def run(self, x, e0, context, rope):
@@ -352,10 +353,12 @@ def read_state_dict(path, entry=None):
     except Exception as error:
         raise ValueError(f"expected a weights file, got {path}, which cannot be read "
                          f"({type(error).__name__}): fetch it again, it may be cut short") from None
+    dicts = [name for name, value in state.items() if isinstance(value, dict)]
+    if entry and dicts and entry not in dicts:
+        raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
     for name in entry, "generator_ema", "generator", "model", "state_dict":
-        if isinstance(state.get(name), dict):
-            state = state[name]
-            break
+        if name in dicts:
+            return state[name], meta
     return state, meta
 
 
@@ -412,7 +415,7 @@ def official_dit(state):
 def dit_config(state, meta, source):
     """The architecture of a file: from our header, else from its shapes with Wan's head size of 128."""
     try:
-        if "config" in meta:
+        if "config" in meta and "patch_embedding.weight" in state:
             config = json.loads(meta["config"])
             return DiTConfig(**{**config, "patch": tuple(config["patch"])})
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
@@ -420,7 +423,7 @@ def dit_config(state, meta, source):
         ffn_dim, freq_dim = len(state["blocks.0.ffn.0.weight"]), state["time_embedding.0.weight"].shape[1]
         return DiTConfig(dim, dim // 128, ffn_dim, layers, in_dim, freq_dim, patch=tuple(patch),
                          text_dim=state["text_embedding.0.weight"].shape[1])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, ValueError):
         raise ValueError(f"expected a Wan DiT in {source}, got keys such as {sorted(state)[:3]}") from None
 
 
@@ -532,12 +535,12 @@ def load_text_encoder(path, device="cpu"):
     return TextEncoder(model.to(device), tokenize, text_len)
 
 
-def encode_prompts(prompts, path, cache, device="cpu"):
+def encode_prompts(prompts, path, cache, device="cpu", wait=False):
     """Encode every prompt once into `cache`, one file a prompt and encoder; return their reader.
 
     The reader maps list[str] -> context [B, text_len, text_dim] as a TextEncoder does, without holding one
     (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing. Files appear whole, so that several
-    processes may share the folder.
+    processes may share the folder. wait: leave the encoding to another process.
     """
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
@@ -551,10 +554,12 @@ def encode_prompts(prompts, path, cache, device="cpu"):
 
     encoder = None
     for prompt in dict.fromkeys(prompts):
+        while wait and not file_of(prompt).exists():
+            time.sleep(0.2)
         if not file_of(prompt).exists():
             encoder = encoder or load_text_encoder(path, device)
             rows = encoder.rows(prompt).to(encoder.model.dtype).cpu().contiguous()
-            part = file_of(prompt).with_suffix(f".{os.getpid()}.part")
+            part = file_of(prompt).with_suffix(f".{uuid.uuid4().hex}.part")
             save_file({"rows": rows}, part, metadata={"prompt": prompt, "text_len": str(encoder.text_len)})
             part.rename(file_of(prompt))
 

@@ -101,7 +101,8 @@ class Correlation:
         windows = []
         for level, (volume, last) in enumerate(self.levels):
             points = 2 * (centers / 2**level + self.offsets) / last - 1           # [N h w, 2r+1, 2r+1, 2]
-            windows.append(F.grid_sample(volume, points, align_corners=True).view(N, h, w, -1))
+            with torch.backends.cudnn.flags(enabled=False):  # cuDNN's refuses more than 65535 points of view
+                windows.append(F.grid_sample(volume, points, align_corners=True).view(N, h, w, -1))
         return torch.cat(windows, dim=3).permute(0, 3, 1, 2)
 
 
@@ -376,7 +377,7 @@ def princeton_raft(state):
 
 def raft_config(state, meta, source):
     """The architecture of a file: from our header, else the row of CONFIGS with its stem."""
-    if "config" in meta:
+    if "config" in meta and "fnet.conv1.weight" in state:
         as_tuple = lambda value: tuple(map(as_tuple, value)) if isinstance(value, list) else value
         return RAFTConfig(**{key: as_tuple(value) for key, value in json.loads(meta["config"]).items()})
     stem = state.get("fnet.conv1.weight")

@@ -504,7 +504,7 @@ def main(argv=None):
     """The command line; returns its exit status."""
     try:
         run(sys.argv[1:] if argv is None else argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     return 0

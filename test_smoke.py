@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import UMT5Config, UMT5EncoderModel
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 import eval as scores
 import model
@@ -293,6 +295,46 @@ def test_gradient_reaches_the_pixels_and_every_parameter():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# text.py
+
+
+def test_full_size_text_encoder_layouts(tmp_path, monkeypatch):
+    """The official .pth and diffusers' folders, in their own names, at a tiny size."""
+    words = {word: i for i, word in enumerate("<pad> </s> <unk> a cat runs &".split())}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = dict(vocab_size=len(words), d_model=16, d_kv=8, num_heads=2, d_ff=32, num_layers=2,
+                  feed_forward_proj="gated-gelu")
+    net = UMT5EncoderModel(UMT5Config(**config)).eval()
+    for folder in tmp_path / "google" / "umt5-xxl", tmp_path / "hub" / "tokenizer":
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="</s>", pad_token="<pad>")
+        fast.save_pretrained(folder)
+    net.save_pretrained(tmp_path / "hub" / "text_encoder")
+    to_official = {"shared.": "token_embedding.", "encoder.final_layer_norm.": "norm."}
+    for i in range(2):
+        block, to = f"encoder.block.{i}.layer.", f"blocks.{i}."
+        to_official |= {f"{block}0.SelfAttention.relative_attention_bias.": f"{to}pos_embedding.embedding."}
+        to_official |= {f"{block}0.SelfAttention.": f"{to}attn.", f"{block}0.layer_norm.": f"{to}norm1."}
+        to_official |= {f"{block}1.layer_norm.": f"{to}norm2."}
+        for a, b in ("wi_0", "gate.0"), ("wi_1", "fc1"), ("wo", "fc2"):
+            to_official[f"{block}1.DenseReluDense.{a}."] = f"{to}ffn.{b}."
+    name = lambda key: next(key.replace(a, b) for a, b in to_official.items() if key.startswith(a))
+    state = {key: value for key, value in net.state_dict().items() if "embed_tokens" not in key}
+    torch.save({name(key): value for key, value in state.items()}, tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    monkeypatch.setattr(model, "UMT5_XXL", config)  # bf16, as the full-size one
+    official, hub = load_text_encoder(tmp_path), load_text_encoder(tmp_path / "hub")
+    prompts = ["a cat &amp;amp; a  dog runs", "cat"]
+    with torch.no_grad():
+        want = net(torch.tensor([[3, 4, 6, 3, 2, 5, 1]])).last_hidden_state[0]
+    for encoder in official, hub:
+        context = encoder(prompts)
+        assert context.shape == (2, 512, 16) and context[0, 7:].abs().max() == 0 and context[1, 2:].abs().max() == 0
+        assert (context[0, :7] - want).abs().max() < 0.05 * want.abs().max()
+    assert torch.equal(official(prompts), hub(prompts))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # vae.py
 
 
@@ -376,14 +418,14 @@ def test_vae_checkpointing_changes_nothing(trainable):
     net.requires_grad_(trainable)
 
     def gradients(remat, latents_per_pass):
-        x = g["video"][:, :, :13].clone().requires_grad_()
+        x = g["video"][:, :, :13, :16, :24].clone().requires_grad_()
         z = net.encode(x, latents_per_pass, remat)
         net.decode_window(z, 1, 2, latents_per_pass, remat).square().mean().backward()
         grads = [x.grad, *(p.grad for p in net.parameters() if trainable)]
         net.zero_grad()
         return grads
     plain = gradients("none", 1)
-    for how in ("pass", 1), ("block", 1), ("none", 2), ("block", 2):
+    for how in ("pass", 1), ("block", 2):
         for a, b in zip(gradients(*how), plain, strict=True):
             close(a, b, 1e-5 * b.abs().max())
 
@@ -870,7 +912,7 @@ SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminato
 
 def run(weights, out, *flags):
     """train.py in this process; returns its log."""
-    train.main([*SHORT, "--weights", str(weights), "--out", str(out), *flags])
+    train.main([*SHORT, "--weights", str(weights), "--out", str(out), "--contexts", str(out.parent / "contexts"), *flags])
     return read_log(out)
 
 
@@ -879,15 +921,20 @@ def read_log(out):
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
 
-def killed(ranks, weights, out, flags, after):
-    """Run train.py on `ranks` processes, kill them once cycle `after` is logged; returns their exit codes."""
+def started(ranks, weights, out, flags, nodes=1):
+    """train.py on `ranks` processes, as torchrun would start them on so many nodes."""
     port = str(socket.create_server(("localhost", 0)).getsockname()[1])
     command = [sys.executable, train.__file__, *SHORT, "--weights", weights, "--out", out, *flags]
-    env = dict(os.environ, WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-               MASTER_ADDR="localhost", MASTER_PORT=port)
-    envs = [dict(env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(ranks)]
-    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) for env in envs]
-    log = out / "log.jsonl"
+    command += ["--contexts", out / "contexts"]
+    env = dict(os.environ, WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=port)
+    env["LOCAL_WORLD_SIZE"] = str(ranks // nodes)
+    envs = [dict(env, RANK=str(i), LOCAL_RANK=str(i % (ranks // nodes))) for i in range(ranks)]
+    return [subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) for env in envs]
+
+
+def killed(ranks, weights, out, flags, after):
+    """Kill train.py's processes once cycle `after` is logged; returns their exit codes."""
+    processes, log = started(ranks, weights, out, flags), out / "log.jsonl"
     while processes[0].poll() is None and not (log.exists() and f'"step": {after},' in log.read_text()):
         time.sleep(0.02)
     [process.kill() for process in processes]
@@ -945,7 +992,7 @@ def test_shares_cover_the_batch_on_any_number_of_ranks(monkeypatch):
 def test_frozen_sharded_net_collects_no_gradient(tmp_path):
     _, mesh = train.setup()
     net = MotionDiscriminator(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8), 2, (0, 1))
-    train.shard(net, net.trunk.blocks, mesh, None, True)
+    train.shard(net, mesh, None, True)
     context, o = torch.zeros(1, 8, 16), torch.randn(1, 4, 2, 4, 4, requires_grad=True)
     with torch.no_grad():
         net(o, torch.zeros(1), context)  # leaves the root gathered, with gradients on
@@ -971,19 +1018,24 @@ def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
     assert killed(1, weights, tmp_path / "one", flags, after=2) == [-signal.SIGKILL]
     assert killed(2, weights, tmp_path / "two", flags, after=3) == [-signal.SIGKILL] * 2
     assert (tmp_path / "one" / "checkpoint-000002").exists()
-    assert not (tmp_path / "one" / "generator.safetensors").exists()
+    shutil.copytree(tmp_path / "two", tmp_path / "nodes")
     two = read_log(tmp_path / "two")  # two processes, the same global batch
     assert run(weights, tmp_path / "one", *flags) == straight  # to the last bit
     resumed = run(weights, tmp_path / "two", *flags)  # saved by two ranks, resumed by one
-    for row, want in [*zip(two, straight), *zip(resumed, straight)]:
+    processes = started(2, weights, tmp_path / "nodes", flags, nodes=2)  # and by two nodes: replicas, not shards
+    assert [process.wait() for process in processes] == [0, 0]
+    nodes = read_log(tmp_path / "nodes")
+    for row, want in [*zip(two, straight), *zip(resumed, straight), *zip(nodes, straight)]:
         assert row.pop("phase") == want["phase"]
         assert row == pytest.approx({key: want[key] for key in row}, rel=2e-3, abs=1e-5)
         for key in {"dmd", "fake", "gan_g", "gan_d"} & row.keys():
-            assert row[key] == pytest.approx(want[key], rel=1e-5), key
+            assert row[key] == pytest.approx(want[key], rel=1e-4), key
     for name in "generator.safetensors", "generator_ema.safetensors":
         files = [load_file(tmp_path / place / name) for place in ("straight", "one", "two")]
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
         assert max((files[0][key] - files[2][key]).abs().max() for key in files[0]) < 1e-5
+    with pytest.raises(SystemExit):
+        run(weights, tmp_path / "one", *flags, "--taps", "0", "1")  # not what the run began with
     left = sorted(path.name for path in (tmp_path / "one").glob("checkpoint*"))
     assert left == ["checkpoint-000004", "checkpoint-000005"]
 
@@ -993,6 +1045,7 @@ def test_bf16_and_both_orders(tmp_path):
     for order in "appendix", "algorithm":
         fp32, bf16 = (run(weights, tmp_path / f"{order}-{dtype}", "--dtype", dtype, "--order", order)[0]
                       for dtype in ("fp32", "bf16"))
+        assert bf16["r1"] == pytest.approx(fp32["r1"], rel=0.3)  # not drowned in bf16's rounding of the logits
         for key in "dmd", "fake", "gan_g", "gan_d":
             assert bf16[key] == pytest.approx(fp32[key], rel=0.05) and bf16[key] != fp32[key]
     assert fp32["gan_g"] != read_log(tmp_path / "appendix-fp32")[0]["gan_g"]  # the orders differ
@@ -1051,6 +1104,13 @@ def test_non_finite_updates_are_left_out_and_end_the_run(tmp_path, capsys):
     assert "five updates of fake_score in a row were not finite" in capsys.readouterr().err
 
 
+def mixed(weights, folder, name):
+    """A copy of a preset with RAFT's file in another's place."""
+    shutil.copytree(weights, folder)
+    shutil.copy(folder / "raft.safetensors", folder / f"{name}.safetensors")
+    return folder
+
+
 def test_bad_training_input_is_one_line(tmp_path, capsys):
     weights, prompts, empty = tiny_weights(tmp_path / "weights"), tmp_path / "prompts.txt", tmp_path / "empty"
     prompts.write_text("# nothing\n")
@@ -1066,8 +1126,11 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
              f"--videos {empty}": "expected videos .* found none",
              f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
              f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "none.txt: no such file",
-             f"--weights {empty}": "none of diffusion_pytorch_model",
+             f"--weights {empty}": "expected a text encoder in", "--micro_batch 0": "--micro_batch above 0, got 0",
+             "--timesteps 500 900": "falling --timesteps", f"--raft {weights / 'vae.safetensors'}": "RAFT",
              f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}
+    cases |= {f"--weights {mixed(weights, tmp_path / name, name)}": what for name, what in (
+        ("vae", "expected a Wan VAE"), ("teacher", "expected a Wan DiT"))}
     for flags, message in cases.items():
         with pytest.raises(SystemExit) as stop:
             run(weights, tmp_path / "run", *flags.split())
@@ -1146,7 +1209,7 @@ def test_shipped_vae_carries_clips():
     with torch.no_grad():
         y = vae.decode(vae.encode(truth.pixels, 4), 4)
     error, inside = (y.clamp(-1, 1) - truth.pixels).square().mean(1) / 4, truth.coverage > .5
-    assert -10 * error.mean().log10() > 29 and -10 * error[inside].mean().log10() > 21
+    assert -10 * error.mean().log10() > 31 and -10 * error[inside].mean().log10() > 23
 
 
 def test_shipped_raft_sees_the_exact_flow():
@@ -1155,7 +1218,7 @@ def test_shipped_raft_sees_the_exact_flow():
     with torch.no_grad():
         flow = raft(truth.pixels[:, :, 4], truth.pixels[:, :, 5], 4)
     error = (flow - truth.flow[:, :, 4]).norm(dim=1)
-    assert error[truth.coverage[:, 4] > .5].mean() < .3 and error.mean() < .1
+    assert error[truth.coverage[:, 4] > .5].mean() < .15 and error.mean() < .15
 
 
 def test_shipped_text_encoder_tells_prompts_apart():

@@ -18,7 +18,6 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +34,7 @@ from tqdm import tqdm
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
 from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step,
                    few_step_times, load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
-from raft import clip_beside_flow, load_raft, video_flow
+from raft import check_size, clip_beside_flow, load_raft, video_flow
 from sample import read_video, video_files, write_video
 from vae import load_vae
 
@@ -53,6 +53,7 @@ class Config:
     generator: str = ""             # 3-step student to start from; default the preset's own, else the teacher
     fake_score: str = ""            # its own, as a run exports it; default the preset's, else the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
+    contexts: str = str(REPO / "runs" / "contexts")  # encoded prompts, shared by runs
     # data
     videos: str = ""                # folder of real videos, searched recursively
     prompts: str = ""               # file, one prompt a line
@@ -127,7 +128,7 @@ PRESETS = {
         height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, sample_every=20,
         batch=12, discriminator_batch=12, micro_batch=12, fake_steps=2,
         lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
-        timesteps=(1000, 857, 600), shift=3.0, guidance=2.0, negative_prompt="",
+        timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, negative_prompt="",
         sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3),
         remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False),
 }
@@ -162,10 +163,19 @@ def resolve(cfg):
     student, score = Path(cfg.weights) / "student.safetensors", Path(cfg.weights) / "fake_score.safetensors"
     if not cfg.generator and student.exists():
         cfg.generator, cfg.fake_score = str(student), cfg.fake_score or (str(score) if score.exists() else "")
+    saved = checkpoints(cfg.out)
+    begun = json.loads((saved[-1] / "config.json").read_text()) if saved else {}
     if cfg.warmup_steps < 0:
-        cfg.warmup_steps = 0 if cfg.generator else 600
+        cfg.warmup_steps = begun.get("warmup_steps", 0 if cfg.generator else 600)
     if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
-        cfg.fake_warmup = 50 if cfg.generator and not cfg.fake_score else 0
+        cfg.fake_warmup = begun.get("fake_warmup", 50 if cfg.generator and not cfg.fake_score else 0)
+    if cfg.no_dmd:
+        cfg.warmup_steps = cfg.fake_warmup = 0
+    for name in begun and ("preset", "ema", "depth", "taps", "fake_warmup", "warmup_steps", "discriminator_warmup"):
+        now, then = json.loads(json.dumps(getattr(cfg, name))), begun[name]
+        if now != then:
+            raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
+                             "use another --out for other settings")
     if cfg.preset != "toy":
         cfg.videos = cfg.videos or str(REPO / "data" / "videos")
         cfg.prompts = cfg.prompts or str(REPO / "data" / "prompts.txt")
@@ -181,6 +191,18 @@ def check(cfg):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"expected --{name} {' or '.join(allowed)}, got {getattr(cfg, name)}")
+    for name in ("fps", "batch", "discriminator_batch", "micro_batch", "fake_steps", "sigma", "clip", "raft_iters",
+                 "flow_scale", "latents_per_pass", "raft_group", "save_every", "sample_every", "shift"):
+        if not getattr(cfg, name) > 0:
+            raise ValueError(f"expected --{name} above 0, got {getattr(cfg, name)}")
+    for name in "steps", "discriminator_warmup", "workers", "samples", "ema":
+        if not getattr(cfg, name) >= 0:
+            raise ValueError(f"expected --{name} 0 or more, got {getattr(cfg, name)}")
+    steps = list(cfg.timesteps)
+    if steps != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] <= 0:
+        raise ValueError(f"expected falling --timesteps within 1000 to 1, got {steps}")
+    if not 0 <= cfg.t_min < cfg.t_max <= 1:
+        raise ValueError(f"expected 0 <= t_min < t_max <= 1, got {cfg.t_min} and {cfg.t_max}")
     chunks, size = (cfg.frames - 1) // 4, f"{cfg.height} x {cfg.width}"
     if cfg.frames % 4 != 1 or cfg.frames < 5:
         raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: "
@@ -192,6 +214,10 @@ def check(cfg):
     if cfg.preset == "toy" and not cfg.videos and ((cfg.height, cfg.width) != (64, 64) or cfg.frames > 17):
         raise ValueError("expected 64 x 64 and at most 17 frames, the size of the toy world's real clips, "
                          f"got {size} x {cfg.frames}: give --videos for other sizes")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise ValueError(f"expected at most {torch.cuda.device_count()} processes on this node, one a GPU, got {local}: "
+                         "see torchrun --nnodes at the top of train.py")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
         raise ValueError("expected --discriminator_batch at most batch * fake_steps = "
                          f"{cfg.batch * cfg.fake_steps}, since it reuses the fake score's samples; "
@@ -217,9 +243,14 @@ def say(line):
 
 
 def stop(line):
-    """End with one line; before the ranks part ways only the first says it."""
+    """End with one line, said by the first rank or by the one that fails alone."""
     if rank() == 0 or dist.is_initialized():
         tqdm.write(f"train.py: {line}", file=sys.stderr)
+        sys.stderr.flush()
+    if dist.is_initialized() and world() > 1:
+        os._exit(2)  # leaving the group in order would wait for the other ranks' collectives
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(2)
 
 
@@ -233,21 +264,26 @@ def setup():
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # Hours, because the other ranks wait while one encodes the prompts.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=4))
+    dist.init_process_group("nccl" if cuda else "gloo")
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     # Parameters are sharded inside a node and replicated across (HSDP): slow links carry gradients only.
     shape = (world() // local, local) if world() > local else (world(),)
-    return torch.device("cuda" if cuda else "cpu"), init_device_mesh("cuda" if cuda else "cpu", shape)
+    device = "cuda" if cuda else "cpu"
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    return torch.device(device), mesh
 
 
-def shard(net, blocks, mesh, dtype, checkpointing):
+def shard(net, mesh, dtype, checkpointing):
     """FSDP2: each block, then the rest. Only `net(...)` may be called afterwards."""
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
+    policy = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    trunk = getattr(net, "trunk", net)
+    for block in trunk.blocks:
         block.checkpointing = checkpointing
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(net, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
+    if trunk is not net:  # a discriminator: R1 and R2 compare logits that are closer than bf16 resolves
+        for part in *net.heads, net.logit:
+            fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
+    return fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
 
 
 def seed_of(*key):
@@ -319,7 +355,9 @@ class Log:
         self.path = path
         if rank() == 0 and path.exists():  # a killed run's cycles after its last checkpoint are logged again
             lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] < start))
+            kept = "".join(line for line in lines if json.loads(line)["step"] < start)
+            path.with_suffix(".part").write_text(kept)
+            path.with_suffix(".part").rename(path)
 
     def write(self, values):
         if rank() == 0:
@@ -348,16 +386,21 @@ class RealClips(Dataset):
             from toy.world import clip
             x = clip(seed, motion_rich=True).pixels[0]
             first = int(place * (x.shape[1] - self.frames + 1))
-            return x[:, first: first + self.frames], skipped
+            return to_bytes(x[:, first: first + self.frames]), skipped
         for i in torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist():
             try:
                 x, fps = read_video(self.files[i], self.frames, (cfg.height, cfg.width), cfg.fps, place)
                 if fps > 0.9 * cfg.fps:  # slower ones would repeat frames: flow that is zero every other time
-                    return x, skipped
+                    return to_bytes(x), skipped
                 skipped.append(f"{self.files[i]}: has {fps:.3g} frames per second, {cfg.fps} needed")
             except ValueError as error:
                 skipped.append(str(error))
         return None, skipped
+
+
+def to_bytes(x):
+    """[-1, 1] -> uint8, as a file would hold it: a quarter of the shared memory between workers and step."""
+    return x.add(1).mul(127.5).round().byte()
 
 
 def real_clips(cfg, frames, first, last):
@@ -376,7 +419,7 @@ def real_clips(cfg, frames, first, last):
         if any(x is None for x, _ in batch):
             raise ValueError(f"expected videos of at least {frames / cfg.fps:.2f} s in {cfg.videos}, "
                              f"none of {len(files)} can be used")
-        yield torch.stack([x for x, _ in batch])
+        yield torch.stack([x for x, _ in batch]).float().div(127.5).sub(1)
 
 
 def read_prompts(path):
@@ -446,7 +489,8 @@ def find_raft(cfg):
 
 def load_networks(cfg):
     """Generator, teacher, fake score and discriminator in fp32 on the CPU, and the frozen VAE and RAFT."""
-    teacher = load_dit(cfg.weights)
+    vae, raft, teacher = load_vae(cfg.weights), load_raft(find_raft(cfg)), load_dit(cfg.weights)
+    check_size(raft.cfg, cfg.height, cfg.width)
     generator = load_dit(cfg.generator or cfg.weights)
     fake_score = load_dit(cfg.fake_score or cfg.weights, entry="critic")  # what CausVid's checkpoints call it
     for name, net in dict(generator=generator, fake_score=fake_score).items():
@@ -454,12 +498,13 @@ def load_networks(cfg):
             raise ValueError(f"expected a {name} of the teacher's architecture {teacher.cfg}, got {net.cfg}")
     torch.manual_seed(cfg.seed)  # the heads must be the same on every rank before they are sharded
     discriminator = MotionDiscriminator(teacher.cfg, cfg.depth, cfg.taps).load_trunk(teacher)
-    return generator, teacher, fake_score, discriminator, load_vae(cfg.weights), load_raft(find_raft(cfg))
+    return generator, teacher, fake_score, discriminator, vae, raft
 
 
 def adamw(net, lr, cfg):
     """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step."""
-    optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
+                                  foreach=True)
     for p in net.parameters():
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
@@ -512,7 +557,6 @@ def export(cfg, step, net, state, name):
         save_dit(full, path.with_suffix(".part"), net.cfg, preset=cfg.preset, step=step, commit=commit,
                  sampler=json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift}))
         path.with_suffix(".part").rename(path)
-        say(f"wrote {path}")
 
 
 @torch.no_grad()
@@ -590,7 +634,7 @@ def update(cfg, name, net, optimizer, sums, bad):
 
     An update that is not finite is left out and counted in bad; five in a row raise ValueError.
     """
-    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip).full_tensor().item()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip, foreach=True).full_tensor().item()
     figures = {**total(sums), f"norm_{name}": norm}
     if all(math.isfinite(figure) for figure in figures.values()):
         optimizer.step()
@@ -614,28 +658,27 @@ def train(cfg):
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.steps
     saved, last = checkpoints(cfg.out), len(phases)
     start = int(saved[-1].name.split("-")[1]) if saved else 0
+    if start > last:
+        raise ValueError(f"expected --steps of at least {cfg.steps + start - last}, the run in {cfg.out} has done so many")
     f, window = 1 + (cfg.frames - 1) // 4, cfg.window
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
     reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * window, first_real, last)
     reals = itertools.chain([next(reals)], reals) if first_real < last else reals
-    generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
     device, mesh = setup()
     out = Path(cfg.out)
+    # The text encoder comes first and goes before the rest is loaded; one process a node runs it, the others wait.
+    contexts = encode_prompts([*prompts, cfg.negative_prompt, PROMPT], cfg.weights, cfg.contexts, device,
+                              wait=os.environ["LOCAL_RANK"] != "0")
+    generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
     if rank() == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-    texts = [*prompts, cfg.negative_prompt, PROMPT]
-    if os.environ["LOCAL_RANK"] == "0":  # one text encoder a node; the others read its files
-        encode_prompts(texts, cfg.weights, out / "contexts", device)
-    dist.barrier()
-    contexts = encode_prompts(texts, cfg.weights, out / "contexts", device)
 
     dtype = torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda") else None
     vae, raft = vae.to(device, dtype), raft.to(device)
     teacher.requires_grad_(False)
-    for net in generator, fake_score, teacher:
-        shard(net, net.blocks, mesh, dtype, cfg.checkpointing)
-    shard(discriminator, discriminator.trunk.blocks, mesh, dtype, cfg.checkpointing)
+    for net in generator, fake_score, teacher, discriminator:
+        shard(net, mesh, dtype, cfg.checkpointing)
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
@@ -679,6 +722,10 @@ def train(cfg):
             log.write(sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape))
         if step > start and (step % cfg.save_every == 0 or step == last):
             save_checkpoint(cfg, step, state)
+        if step == last or (step > start and step % cfg.save_every == 0):
+            export(cfg, step, generator, generator.state_dict(), "generator")
+            if ema:
+                export(cfg, step, generator, ema, "generator_ema")
         if step == last:
             break
         began, phase, figures, rollouts = time.time(), phases[step], {}, []
@@ -760,12 +807,13 @@ def train(cfg):
 
         for key, value in ema.items():
             value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)
-        peak = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if device.type == "cuda" else {}
+        peak = {}
+        if device.type == "cuda":
+            peak["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
         log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
-    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it anew
-    export(cfg, last, generator, generator.state_dict(), "generator")
-    if ema:
-        export(cfg, last, generator, ema, "generator_ema")
+    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it first
+    say(f"wrote {out / 'generator.safetensors'}")
 
 
 def forward_tflop(dit, cfg):
@@ -802,11 +850,10 @@ def main(argv=None):
         cfg = parse_flags(argv)
         say(json.dumps(asdict(cfg), ensure_ascii=False))
         dry_run(cfg) if cfg.dry_run else train(cfg)
-    except (ValueError, OSError) as error:
-        stop(str(error))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except (ValueError, OSError, CheckpointException) as error:
+        stop(str(error).splitlines()[0])
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

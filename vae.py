@@ -402,7 +402,7 @@ def official_vae(state):
 
 def vae_config(state, meta, path):
     """A file's architecture: its header, else its shapes and the mean and std of a config.json beside it or of Wan."""
-    if "config" in meta:
+    if "config" in meta and "encoder.conv1.weight" in state:
         config = json.loads(meta["config"])
         return VAEConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
     try:

@@ -412,7 +412,7 @@ def context_table() -> tuple[Tensor, Tensor]:
 
 DIT = DiTConfig(dim=128, heads=4, ffn_dim=512, layers=6, in_dim=VAE.z_dim, freq_dim=64, text_dim=64, text_len=TEXT_LEN)
 CHUNK = 256                     # clips a latents file
-GUIDANCE = 2.5                  # of the 50-step sampler: v_neg + GUIDANCE (v_pos - v_neg)
+GUIDANCE = 2.0                  # of the 50-step sampler: v_neg + GUIDANCE (v_pos - v_neg)
 TAP = 4                         # the auxiliary head reads the tokens after so many blocks
 
 
@@ -613,19 +613,22 @@ def export_teacher(net: WanDiT, ema: dict, vae: WanVAE, step: int, batch: int, s
     """Evaluate the averaged weights as they will be shipped, in fp16 precision, and write them."""
     average = copy.deepcopy(net)
     average.load_state_dict({n: v.half().float() for n, v in ema.items()})
+    recipe = (f"flow matching, {step} steps of {batch}, {seconds / 60:.0f} min, Muon .02 + AdamW 2e-3, EMA .999, "
+              "coverage head, seed 0")
+    header = {"preset": "toy", "step": step, "guidance": GUIDANCE, "recipe": recipe}
+    save_dit(half(ema), OUT / "teacher.safetensors", DIT, **header)      # usable while it is being measured
     quality = {k: round(v, 4) for k, v in evaluate(average, vae, count).items()}
     log("teacher", step=step, count=count, **quality)
-    save_dit(half(ema), OUT / "teacher.safetensors", DIT, preset="toy", step=step, guidance=GUIDANCE,
-             quality=json.dumps({"clips": count, **quality}),
-             recipe=f"flow matching, {step} steps of {batch}, {seconds / 60:.0f} min, Muon .02 + AdamW 2e-3, EMA .999, "
-                    "coverage head, seed 0")
+    header["quality"] = json.dumps({"clips": count, **quality})
+    save_dit(half(ema), OUT / "teacher.safetensors", DIT, **header)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Student
 
 STUDENT = {"timesteps": (1000, 857, 600), "shift": 3.0}     # three steps; their noise levels are 1, .857 and .6
-DMD = ["--batch", "16", "--micro_batch", "8", "--fake_steps", "3", "--lr_generator", "2e-4", "--ema", ".97"]
+DMD = ["--batch", "16", "--micro_batch", "8", "--fake_steps", "3", "--lr_generator", "2e-4", "--guidance", "1",
+       "--ema", ".97"]                                     # guidance 1 is GUIDANCE - 1
 
 
 @torch.no_grad()
@@ -664,10 +667,8 @@ def train_student(steps: int) -> None:
 def train_measure(_: int) -> None:
     """Score the shipped teacher and student on all held-out pairs and write the figures into their headers."""
     vae, pairs = load_vae(OUT / "vae.safetensors").to(DEVICE), held_out()
-    for part in ("teacher", "student"):
+    for part in ("student", "teacher"):
         path = OUT / f"{part}.safetensors"
-        if not path.exists():
-            continue
         net = load_dit(path).to(DEVICE)
         x = few_step_clips(net, vae, pairs) if part == "student" else sample_clips(net, vae, pairs, 50, GUIDANCE, 3.)
         quality = {k: round(v, 4) for k, v in score(x, [p for p, _ in pairs]).items()}
@@ -675,6 +676,7 @@ def train_measure(_: int) -> None:
         with safe_open(path, "pt") as file:
             state, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
         meta["quality"] = json.dumps({"clips": len(pairs), **quality})
+        meta |= {"guidance": str(GUIDANCE)} if part == "teacher" else {}
         save_file(state, path.with_suffix(".part"), metadata=meta)
         os.replace(path.with_suffix(".part"), path)
 
