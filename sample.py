@@ -38,7 +38,7 @@ from vae import load_vae
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
 WAN = dict(height=480, width=832, frames=81, fps=16.0, timesteps=(1000, 757, 522), batch_size=1)
 SAMPLING = {  # what a preset samples by default; timesteps are the student's, shift and guidance of Wan its README's
-    "toy": dict(**TOY, shift=3.0, guidance=2.5, negative_prompt=""),
+    "toy": dict(**TOY, shift=3.0, guidance=2.0, negative_prompt=""),
     "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0, negative_prompt=NEGATIVE_PROMPT),
     "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT),
 }
