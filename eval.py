@@ -42,7 +42,7 @@ from model import REPO, WEIGHTS, assign, read_state_dict
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
 from report import QUESTIONS, write_report, write_survey
-from sample import SUFFIXES, open_video, read_frames
+from sample import SUFFIXES, open_video, read_frames, read_prompts
 
 FOLDER = REPO / "weights" / "eval"
 FILES = {  # metric: its files in FOLDER, each with the hub repository or the address it comes from
@@ -585,11 +585,6 @@ def labels_of(folders):
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-def read_prompts(path):
-    lines = [line.strip() for line in Path(path).read_text().splitlines()]
-    return {line for line in lines if line}
-
-
 def load_rafts(given, weights, device):
     """RAFTs for the flow pictures, in the order to try: the given one, else the dynamic degree's and the toy's."""
     large = [path for file in FILES["dynamic"] for path in places(file, weights) if path.exists()]
@@ -609,7 +604,7 @@ def log_of(out, folder):
 def evaluate(args):
     """Score the folders, print the tables, write the report; returns the rows of each folder."""
     folders, labels, device = args.folders, labels_of(args.folders), torch.device(args.device)
-    prompts = read_prompts(args.prompts) if args.prompts else set()
+    prompts = set(read_prompts(args.prompts)) if args.prompts else set()
     videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before any weights load
     metrics = load_metrics(args.metrics, args.weights, not args.no_download, device)
     rows = [score_folder(paths, metrics, log_of(args.out, folder)) for paths, folder in zip(videos, folders)]
@@ -659,7 +654,7 @@ def main(argv=None):
         if args.tally:
             print_tally(args.tally)
         elif args.survey:
-            prompts = read_prompts(args.prompts) if args.prompts else set()
+            prompts = set(read_prompts(args.prompts)) if args.prompts else set()
             pairs = pair_up(*(find_videos(folder, prompts) for folder in args.survey))
             path = write_survey(args.out, labels_of(args.survey), pairs, args.embed_mb)
             print(f"survey of {len(pairs)} pairs: {path}")

@@ -10,6 +10,7 @@ import json
 import math
 from collections import OrderedDict
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from model import assign, read_state_dict, rename
+from model import REPO, assign, read_state_dict, rename
 
 GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory grows with it, not the result
 
@@ -386,6 +387,13 @@ def raft_config(state, meta, source):
         raise ValueError(f"expected RAFT weights in princeton's or torchvision's naming in {source}, "
                          f"got keys such as {sorted(state)[:3]}")
     return found[0]
+
+
+def find_raft(weights, given=""):
+    """The flow network of a preset: a given file, the one in its weights folder, or RAFT-things in either naming."""
+    names = [Path(weights) / "raft.safetensors", REPO / "weights" / "raft-things.pth",
+             REPO / "weights" / "raft_large_C_T_V1-22a6c225.pth"]
+    return given or next((path for path in names if path.exists()), names[1])
 
 
 def load_raft(path, device="cpu"):

@@ -28,11 +28,9 @@ from av.video.reformatter import Interpolation
 from safetensors import safe_open
 from tqdm import tqdm
 
-import model
-import vae as wan_vae
 from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, load_dit, sample_noise,
                    shift_time)
-from raft import check_size, clip_beside_flow, load_raft, video_flow
+from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
 from vae import load_vae
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
@@ -227,6 +225,18 @@ def video_files(folder):
     return files
 
 
+def read_prompts(path):
+    """The lines of a text file less blanks and # comments; ValueError, naming it, if it is missing, binary or empty."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"expected a text file with one prompt a line, got {path} ({type(error).__name__})") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise ValueError(f"expected at least one prompt in {path}, got none")
+    return prompts
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Samplers
 
@@ -391,14 +401,9 @@ def choose_generator(args):
     return meta
 
 
-def read_prompts(args):
-    prompts = list(args.prompt)
-    if args.prompts:
-        if not Path(args.prompts).is_file():
-            raise ValueError(f"expected --prompts to be a text file, one prompt a line: {args.prompts} is not there")
-        lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()]
-        prompts += [line for line in lines if line and not line.startswith("#")]
-    elif not prompts and args.preset == "toy":
+def chosen_prompts(args):
+    prompts = list(args.prompt) + (read_prompts(args.prompts) if args.prompts else [])
+    if not prompts and args.preset == "toy":
         prompts = ["a red circle moving right quickly"]
     if not all(prompt.strip() for prompt in prompts or [""]):
         raise ValueError("expected a prompt, got none: --prompt TEXT, or --prompts FILE with one a line")
@@ -439,33 +444,15 @@ def flow_path(path):
     return path.parent / "flow" / f"{path.stem}.flow.mp4"
 
 
-def random_toy():
-    """Untrained toy networks and prompt vectors: the way from a prompt to a file can be tried without weights."""
-    print("WARNING: no toy weights found.\n"
-          "WARNING: the networks are RANDOM, the videos will be NOISE whatever the prompt says.\n"
-          "WARNING: toy/make_weights.py trains the toy weights; --preset wan1.3b uses Wan's.")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net, vae = model.WanDiT(model.CONFIGS["toy"]), wan_vae.WanVAE(wan_vae.CONFIGS["toy"])
-
-    def contexts(prompts):
-        seeds = [int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) for prompt in prompts]
-        return sample_noise(seeds, (net.cfg.text_len, net.cfg.text_dim), 1)[0]
-    return net, vae, contexts
-
-
 def load_networks(args, prompts):
     """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
     base = args.generator == str(args.weights)
-    if base and args.preset == "toy" and not (args.weights / "teacher.safetensors").exists():
-        net, vae, contexts = random_toy()
-    elif not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
+    if not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
         raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
                          f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
-    else:
-        texts = prompts + [args.negative_prompt] * args.teacher
-        contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
-        net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
+    texts = prompts + [args.negative_prompt] * args.teacher
+    contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
+    net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     # CHOICE: the vae stays in fp32, as in Wan's own sampling; it is a small part of the time.
     return net.eval().to(args.device, dtype), vae.eval().to(args.device), contexts
@@ -473,8 +460,7 @@ def load_networks(args, prompts):
 
 def load_flow(args):
     """RAFT for --flow; raises ValueError for frames that are too small for it."""
-    places = [args.weights / "raft.safetensors", REPO / "weights" / "raft-things.pth"]
-    raft = load_raft(args.raft or next((p for p in places if p.exists()), places[-1]), args.device)
+    raft = load_raft(find_raft(args.weights, args.raft), args.device)
     check_size(raft.cfg, args.height, args.width)
     return raft
 
@@ -482,7 +468,7 @@ def load_flow(args):
 def run(argv):
     args = parse_flags(argv)
     resolve(args)
-    prompts = read_prompts(args)
+    prompts = chosen_prompts(args)
     meta = choose_generator(args)
     jobs = plan(args, prompts, meta)
     if not jobs:

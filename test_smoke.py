@@ -854,9 +854,9 @@ def test_sample_writes_the_same_video_at_any_batch_size(tmp_path):
     clips = [read_video(tmp_path / "a" / name)[0] for name in names]
     for name, x in zip(names, clips):
         y, fps = read_video(tmp_path / "b" / name)
-        assert fps == 16 and x.shape == (3, 5, 32, 48) and (x - y).abs().mean() < 0.5 / 255
+        assert fps == 16 and x.shape == (3, 5, 32, 48) and (x - y).abs().mean() < 1 / 127.5
     alone = read_video(tmp_path / "c.mp4")[0]  # VBench's rule: seed + 100000 prompt + video
-    assert (alone - clips[1]).abs().mean() < 0.5 / 255 < (alone - clips[0]).abs().mean()
+    assert (alone - clips[1]).abs().mean() < 1 / 127.5 < (alone - clips[0]).abs().mean()
     assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
 
 
@@ -870,7 +870,7 @@ def test_sample_goes_on_where_it_was_stopped(tmp_path, capsys):
     capsys.readouterr()
     assert run_sample(*flags) == 0 and capsys.readouterr().out.count("wrote") == 1
     assert [p.read_bytes() for p in files] == before  # the same command, the same bytes
-    assert run_sample(*flags, "--guidance", 2) == 2 and "made with other settings" in capsys.readouterr().err
+    assert run_sample(*flags, "--guidance", 3) == 2 and "made with other settings" in capsys.readouterr().err
 
 
 def test_sample_refuses_in_one_line(tmp_path, capsys):
@@ -912,7 +912,8 @@ SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminato
 
 def run(weights, out, *flags):
     """train.py in this process; returns its log."""
-    train.main([*SHORT, "--weights", str(weights), "--out", str(out), "--contexts", str(out.parent / "contexts"), *flags])
+    places = "--weights", weights, "--out", out, "--contexts", out.parent / "contexts"
+    train.main([*SHORT, *map(str, places), *flags])
     return read_log(out)
 
 
@@ -1125,7 +1126,7 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
              "--discriminator_batch 9": "at most batch \\* fake_steps = 4",
              f"--videos {empty}": "expected videos .* found none",
              f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
-             f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "none.txt: no such file",
+             f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "text file .*none.txt",
              f"--weights {empty}": "expected a text encoder in", "--micro_batch 0": "--micro_batch above 0, got 0",
              "--timesteps 500 900": "falling --timesteps", f"--raft {weights / 'vae.safetensors'}": "RAFT",
              f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}

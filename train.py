@@ -34,8 +34,8 @@ from tqdm import tqdm
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
 from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step,
                    few_step_times, load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
-from raft import check_size, clip_beside_flow, load_raft, video_flow
-from sample import read_video, video_files, write_video
+from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
+from sample import read_prompts, read_video, video_files, write_video
 from vae import load_vae
 
 
@@ -216,8 +216,8 @@ def check(cfg):
                          f"got {size} x {cfg.frames}: give --videos for other sizes")
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available() and local > torch.cuda.device_count():
-        raise ValueError(f"expected at most {torch.cuda.device_count()} processes on this node, one a GPU, got {local}: "
-                         "see torchrun --nnodes at the top of train.py")
+        raise ValueError(f"expected at most {torch.cuda.device_count()} processes on this node, one a GPU, "
+                         f"got {local}: see torchrun --nnodes at the top of train.py")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
         raise ValueError("expected --discriminator_batch at most batch * fake_steps = "
                          f"{cfg.batch * cfg.fake_steps}, since it reuses the fake score's samples; "
@@ -422,20 +422,6 @@ def real_clips(cfg, frames, first, last):
         yield torch.stack([x for x, _ in batch]).float().div(127.5).sub(1)
 
 
-def read_prompts(path):
-    """The lines of a prompt file, less blanks and # comments; without a file, the toy world's own prompts."""
-    if not path:
-        from toy.world import PROMPTS
-        return PROMPTS
-    if not Path(path).is_file():
-        raise ValueError(f"expected --prompts, a text file with one prompt a line, got {path}: no such file")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    prompts = [line for line in prompts if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"expected at least one prompt in {path}, got none")
-    return prompts
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The losses. All return one value per sample, [B].
 
@@ -480,16 +466,9 @@ def r_loss(logit, logit_noised, sigma, form):
 # Networks, checkpoints, samples
 
 
-def find_raft(cfg):
-    """The flow network's file: --raft, the preset's own, or RAFT-things in either public naming."""
-    names = [Path(cfg.weights) / "raft.safetensors", REPO / "weights" / "raft-things.pth",
-             REPO / "weights" / "raft_large_C_T_V1-22a6c225.pth"]
-    return cfg.raft or next((path for path in names if path.exists()), names[1])
-
-
 def load_networks(cfg):
     """Generator, teacher, fake score and discriminator in fp32 on the CPU, and the frozen VAE and RAFT."""
-    vae, raft, teacher = load_vae(cfg.weights), load_raft(find_raft(cfg)), load_dit(cfg.weights)
+    vae, raft, teacher = load_vae(cfg.weights), load_raft(find_raft(cfg.weights, cfg.raft)), load_dit(cfg.weights)
     check_size(raft.cfg, cfg.height, cfg.width)
     generator = load_dit(cfg.generator or cfg.weights)
     fake_score = load_dit(cfg.fake_score or cfg.weights, entry="critic")  # what CausVid's checkpoints call it
@@ -651,7 +630,9 @@ def update(cfg, name, net, optimizer, sums, bad):
 
 def train(cfg):
     # Everything that can be wrong with the input shows before the weights are loaded.
-    prompts = read_prompts(cfg.prompts)
+    if not cfg.prompts:
+        from toy.world import PROMPTS
+    prompts = read_prompts(cfg.prompts) if cfg.prompts else PROMPTS
     say(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
     say_warmup(cfg)
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.warmup_steps
@@ -659,7 +640,7 @@ def train(cfg):
     saved, last = checkpoints(cfg.out), len(phases)
     start = int(saved[-1].name.split("-")[1]) if saved else 0
     if start > last:
-        raise ValueError(f"expected --steps of at least {cfg.steps + start - last}, the run in {cfg.out} has done so many")
+        raise ValueError(f"expected --steps {cfg.steps + start - last} or more, which the run in {cfg.out} has done")
     f, window = 1 + (cfg.frames - 1) // 4, cfg.window
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
     reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * window, first_real, last)

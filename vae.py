@@ -9,7 +9,6 @@ Module attributes carry the official checkpoint's names (numbers included), so t
 
 import itertools
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
