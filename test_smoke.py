@@ -1232,6 +1232,17 @@ def test_shipped_weights_are_small():
     assert sum(p.stat().st_size for p in Path(WEIGHTS["toy"]).glob("*.safetensors")) < 12e6
 
 
+def test_shipped_student_follows_its_prompts():
+    prompts, seeds = zip(*world.held_out(12))
+    net, vae, encode = load_dit(WEIGHTS["toy"] / "student.safetensors"), load_vae(WEIGHTS["toy"]), load_text_encoder(WEIGHTS["toy"])
+    noise = sample_noise(seeds, (net.cfg.in_dim, 5, 8, 8), 3)
+    with torch.no_grad():
+        z0 = few_step(net, noise, encode(list(prompts)), few_step_times((1000, 857, 600), shift=3.0))
+        figures = world.score(vae.decode(z0, 4), list(prompts))
+    assert min(figures["colour"], figures["shape"], figures["direction"]) > .8 and figures["iou"] > .8
+    assert figures["slowly"] < figures["quickly"] - .5
+
+
 # ------------------------------------------------------------------------------------------------------------
 # eval.py
 

@@ -200,7 +200,8 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
     step, velocity = position.diff(dim=1), (position[:, -1] - position[:, 0]) / (area.shape[1] - 1)
     compass = torch.tensor(list(DIRECTIONS.values()), device=mean.device)
     return {"colour": (F.normalize(mean, dim=1) @ palette.T).argmax(1),
-            "shape": scores.argmax(1), "iou": scores.amax(1), "direction": (velocity @ compass.T).argmax(1), "position": position, "area": area, "velocity": velocity,
+            "shape": scores.argmax(1), "iou": scores.amax(1),
+            "direction": (velocity @ compass.T).argmax(1), "position": position, "area": area, "velocity": velocity,
             "net_speed": velocity.norm(dim=1), "path_speed": step.norm(dim=2).mean(1),
             "jitter": step.diff(dim=1).norm(dim=2).mean(1), "blobs": blobs, "one_blob": blobs == 1}
 
