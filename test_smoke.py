@@ -499,7 +499,7 @@ def test_saved_vae_knows_its_config(tmp_path):
 
 
 def test_vae_refuses_bad_sizes_and_files(tmp_path):
-    net = vae.WanVAE(vae.CONFIGS["toy"])
+    net = vae.WanVAE(vae.VAEConfig(8, 16, (0.0,) * 16, (1.0,) * 16, res_blocks=1))
     for shape, message in [((1, 3, 4, 16, 16), "1 \\+ 4k frames"), ((1, 4, 5, 16, 16), r"\[B, 3, 1 \+ 4k"),
                            ((1, 3, 5, 16, 20), "divisible by 8, got 16x20")]:
         with pytest.raises(ValueError, match=message):
@@ -854,10 +854,21 @@ def test_sample_writes_the_same_video_at_any_batch_size(tmp_path):
     clips = [read_video(tmp_path / "a" / name)[0] for name in names]
     for name, x in zip(names, clips):
         y, fps = read_video(tmp_path / "b" / name)
-        assert fps == 16 and x.shape == (3, 5, 32, 48) and (x - y).abs().mean() < 1 / 127.5
+        assert fps == 16 and x.shape == (3, 5, 32, 48)
+        assert (x - y).abs().mean() < 2.5 / 127.5  # rounding, which H.264 enlarges to a level or so
     alone = read_video(tmp_path / "c.mp4")[0]  # VBench's rule: seed + 100000 prompt + video
-    assert (alone - clips[1]).abs().mean() < 1 / 127.5 < (alone - clips[0]).abs().mean()
+    assert (alone - clips[1]).abs().mean() < 2.5 / 127.5 and (alone - clips[0]).abs().mean() > 5 / 127.5
     assert not torch.equal(clips[0], clips[1]) and not torch.equal(clips[0], clips[2])
+
+
+def test_samples_do_not_depend_on_the_batch():
+    net, coder = load_dit(WEIGHTS["toy"]), vae.load_vae(WEIGHTS["toy"])
+    noise = sample_noise([3, 4, 5], (net.cfg.in_dim, 2, 4, 4), 3)
+    context = torch.randn(3, net.cfg.text_len, net.cfg.text_dim)
+    with torch.no_grad():
+        together = coder.decode(few_step(net, noise, context, few_step_times()))
+        alone = coder.decode(few_step(net, noise[:, 1:2], context[1:2], few_step_times()))
+    assert (together[1:2] - alone).abs().max() < 0.2 / 127.5  # under a fifth of a level
 
 
 def test_sample_goes_on_where_it_was_stopped(tmp_path, capsys):
@@ -1234,7 +1245,8 @@ def test_shipped_weights_are_small():
 
 def test_shipped_student_follows_its_prompts():
     prompts, seeds = zip(*world.held_out(12))
-    net, vae, encode = load_dit(WEIGHTS["toy"] / "student.safetensors"), load_vae(WEIGHTS["toy"]), load_text_encoder(WEIGHTS["toy"])
+    net, vae = load_dit(WEIGHTS["toy"] / "student.safetensors"), load_vae(WEIGHTS["toy"])
+    encode = load_text_encoder(WEIGHTS["toy"])
     noise = sample_noise(seeds, (net.cfg.in_dim, 5, 8, 8), 3)
     with torch.no_grad():
         z0 = few_step(net, noise, encode(list(prompts)), few_step_times((1000, 857, 600), shift=3.0))
