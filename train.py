@@ -630,9 +630,10 @@ def update(cfg, name, net, optimizer, sums, bad):
 
 def train(cfg):
     # Everything that can be wrong with the input shows before the weights are loaded.
-    if not cfg.prompts:
-        from toy.world import PROMPTS
-    prompts = read_prompts(cfg.prompts) if cfg.prompts else PROMPTS
+    if cfg.prompts:
+        prompts = read_prompts(cfg.prompts)
+    else:
+        from toy.world import PROMPTS as prompts
     say(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
     say_warmup(cfg)
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.warmup_steps
@@ -641,9 +642,9 @@ def train(cfg):
     start = int(saved[-1].name.split("-")[1]) if saved else 0
     if start > last:
         raise ValueError(f"expected --steps {cfg.steps + start - last} or more, which the run in {cfg.out} has done")
-    f, window = 1 + (cfg.frames - 1) // 4, cfg.window
+    f = 1 + (cfg.frames - 1) // 4
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
-    reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * window, first_real, last)
+    reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, first_real, last)
     reals = itertools.chain([next(reals)], reals) if first_real < last else reals
     device, mesh = setup()
     out = Path(cfg.out)
@@ -701,9 +702,10 @@ def train(cfg):
     for step in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
         if cfg.samples and (step % cfg.sample_every == 0 or step == last):
             log.write(sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape))
-        if step > start and (step % cfg.save_every == 0 or step == last):
+        due = step > start and (step % cfg.save_every == 0 or step == last)
+        if due:
             save_checkpoint(cfg, step, state)
-        if step == last or (step > start and step % cfg.save_every == 0):
+        if due or step == last:
             export(cfg, step, generator, generator.state_dict(), "generator")
             if ema:
                 export(cfg, step, generator, ema, "generator_ema")
@@ -712,7 +714,7 @@ def train(cfg):
         began, phase, figures, rollouts = time.time(), phases[step], {}, []
         window_start = 0
         if cfg.window_start == "random":
-            window_start = Draw(cfg.seed, step, "window", []).choice("start", f - window)
+            window_start = Draw(cfg.seed, step, "window", []).choice("start", f - cfg.window)
 
         # 1. Generator: distribution matching.                                  Alg. 1 l.3-7, Eq. 1-2
         if phase in ("dmd_warmup", "mogan") and not cfg.no_dmd:
@@ -769,9 +771,10 @@ def train(cfg):
                     with torch.no_grad():
                         o_gen = generated_motion(cfg, vae, raft, z0, window_start)
                         o_real = real_motion(cfg, vae, raft, next(reals).to(device))
-                        seen, r1, r2 = see(cfg, vae, torch.cat([o_real, o_gen])), 0, 0
+                        o = torch.cat([o_real, o_gen])
+                        seen, r1, r2 = see(cfg, vae, o), 0, 0
                         if not cfg.no_r:
-                            target = torch.cat([o_real, o_gen]) if cfg.r_space == "pixel" else seen
+                            target = o if cfg.r_space == "pixel" else seen
                             noise = draw.noise(target.shape[1:], 2).flatten(0, 1).to(device)
                             noised = target + cfg.sigma * noise
                             noised = see(cfg, vae, noised) if cfg.r_space == "pixel" else noised
