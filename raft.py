@@ -99,7 +99,7 @@ class Correlation:
         (dy, dx) grid to (x, y) coordinates, and the trained weights expect the order that follows from it.
         """
         N, _, h, w = coords.shape
-        centers = coords.permute(0, 2, 3, 1).reshape(N * h * w, 1, 1, 2)
+        centers = coords.permute(0, 2, 3, 1).contiguous().view(N * h * w, 1, 1, 2)
         windows = []
         for level, (volume, last, window) in enumerate(self.levels):
             middle = torch.view_as_complex(centers * (2 / 2**level / last) - 1)   # as one number a pair adds faster

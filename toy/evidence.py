@@ -3,6 +3,7 @@
     python toy/evidence.py run mogan dmd --seeds 0 1 2    # train and measure arms by name; resumes, skips what is done
     python toy/evidence.py run all                        # everything that toy/README.md shows
     python toy/evidence.py table                          # the tables, from toy/evidence.json
+    python toy/evidence.py picture                        # toy/pictures/motion.png (pip install matplotlib)
 
 All arms start from the shipped student and one fake score fitted to it, and differ from `mogan`, the preset as it
 stands, by the flags in ARMS only. They are judged on the 200 held-out pairs of prompt and noise, the same for every
@@ -26,6 +27,7 @@ REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
 from model import few_step, few_step_times, load_dit, load_text_encoder, sample_noise  # noqa: E402
+from raft import flow_legend, flow_to_color, load_raft, video_flow  # noqa: E402
 from sample import teacher_sample  # noqa: E402
 from toy.world import clips, draw, held_out, measure, prompt  # noqa: E402
 from vae import load_vae  # noqa: E402
@@ -57,7 +59,9 @@ ARMS = {
 COLUMNS = {  # figures of world.measure, and how the tables call them
     "dynamic": "over 1 px/frame", "plain_speed": "no adverb, px/frame", "slowly": "slowly", "quickly": "quickly",
     "path_speed": "path speed", "net_speed": "net speed", "jitter": "jitter", "iou": "IoU", "one_blob": "one blob",
-    "colour": "colour", "shape": "shape", "direction": "direction"}
+    "colour": "colour", "shape": "shape", "direction": "direction",
+    "jitter_fast": "jitter, fast clips", "iou_fast": "IoU, fast clips", "one_blob_fast": "one blob, fast clips"}
+DIFFERENCES = ("dynamic", "path_speed", "jitter", "iou", "one_blob", "shape", "jitter_fast", "iou_fast")
 CONTROLS = {"dmd": ("teacher", "student", "mogan", "no_dmd", "no_r", "latent_gan"), "mogan": list(ARMS)[2:]}
 LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
 
@@ -138,9 +142,15 @@ def run(arms, seeds, jobs):
 
 
 def stack(results, arm):
-    """An arm's figures by name, [seeds, 200], NaN where a figure does not apply to a prompt."""
+    """An arm's figures by name, [seeds, 200], NaN where a figure does not apply; None without results.
+
+    NAME_fast is NAME over the clips that move more than 1.2 px/frame, the slowest that "quickly" asks for: the VAE
+    blurs fast shapes, rendered ones too, so that only clips of equal speed compare fairly.
+    """
     rows = [row for name, row in sorted(results.items()) if name.rsplit("-", 1)[0] == arm]
-    return {key: np.array([row[key] for row in rows], dtype=float) for key in COLUMNS} if rows else None
+    if rows:
+        x = {key: np.array([row[key] for row in rows], dtype=float) for key in rows[0] if key != "log"}
+        return x | {f"{key}_fast": np.where(x["net_speed"] > 1.2, x[key], np.nan) for key in ("jitter", "iou", "one_blob")}
 
 
 def bootstrap(a, b, rounds=2000):
@@ -156,28 +166,54 @@ def bootstrap(a, b, rounds=2000):
 def table():
     """The means of every arm, then the differences from the control, or for the open choices from mogan."""
     results = json.loads(RESULTS.read_text())
-    head = lambda *first: "\n| " + " | ".join([*first, *COLUMNS.values()]) + " |\n|---" + "|---:" * (
-        len(first) - 1 + len(COLUMNS)) + "|"
-    print(head("arm", "seeds"))
+    head = lambda *cells: "\n| " + " | ".join(cells) + " |\n|---" + "|---:" * (len(cells) - 1) + "|"
+    print(head("arm", "seeds", *COLUMNS.values()))
     for arm in (*FIXED, *ARMS):
         if x := stack(results, arm):
             print(f"| {arm} | {len(x['iou'])} | " + " | ".join(f"{np.nanmean(x[key]):.3f}" for key in COLUMNS) + " |")
     for against, arms in CONTROLS.items():
-        print(head(f"minus {against}"))
+        print(head(f"minus {against}", *(COLUMNS[key] for key in DIFFERENCES)))
         base = stack(results, against)
         for arm in arms:
             if base and (x := stack(results, arm)):
-                cells = [bootstrap(x[key], base[key]) for key in COLUMNS]
+                cells = [bootstrap(x[key], base[key]) for key in DIFFERENCES]
                 print(f"| {arm} | " + " | ".join("%+.3f [%+.3f, %+.3f]" % cell for cell in cells) + " |")
-    print("\n| arm, mean over the last ten cycles | " + " | ".join(LOGGED) + " |\n|---" + "|---:" * len(LOGGED) + "|")
+    print(head("arm, mean over the last ten cycles", *LOGGED))
     for name, row in sorted(results.items()):
         if "log" in row:
             print(f"| {name} | " + " | ".join(f"{row['log'].get(key, math.nan):.4g}" for key in LOGGED) + " |")
 
 
+@torch.no_grad()
+def picture():
+    """Teacher, student and MoGAN on the same prompts and seeds: three frames of each clip, its flow under them."""
+    import matplotlib.pyplot as plt
+    prompts = ["a red circle moving right", "a green triangle moving left", "a blue square moving up"]
+    rows = {"teacher": "Teacher\n50 steps", "student": "DMD student\n3 steps", "mogan": "MoGAN\n3 steps"}
+    raft, columns = load_raft(WEIGHTS / "raft.safetensors"), [(i, t) for i in range(3) for t in (0, 8, 15)]
+    figure, axes = plt.subplots(6, 9, figsize=(9.6, 6.6), gridspec_kw=dict(
+        left=.1, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))
+    image = lambda x: (x.permute(1, 2, 0) + 1).clamp(0, 2) / 2
+    for row, (arm, label) in enumerate(rows.items()):
+        x = pixels_of(arm, 0, prompts, [0, 1, 2])
+        color = flow_to_color(video_flow(raft, x, 4), 2.5)                        # [3, 3, T-1, H, W]
+        for (i, t), above, below in zip(columns, axes[2 * row], axes[2 * row + 1]):
+            above.imshow(image(x[i, :, t]), interpolation="bicubic")
+            below.imshow(image(color[i, :, t]))
+        axes[2 * row, 0].text(-.08, 0, label, ha="right", va="center", transform=axes[2 * row, 0].transAxes)
+    for (i, t), axis in zip(columns, axes[0]):
+        axis.set_title(f'"{prompts[i]}"' if t == 8 else "", fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    legend = figure.add_axes([.005, .005, .08, .12])
+    legend.imshow(image(flow_legend(2.5, 64)))
+    legend.axis("off")
+    figure.savefig(REPO / "toy" / "pictures" / "motion.png", dpi=110)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"all, or of {', '.join((*FIXED, *ARMS))}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2)
@@ -187,7 +223,10 @@ def main():
     if unknown:
         sys.exit(f"evidence.py: expected arms of {', '.join((*FIXED, *ARMS))}, got {', '.join(unknown)}")
     torch.set_num_threads(1)
-    run(arms, args.seeds, args.jobs) if args.command == "run" else table()
+    if args.command == "run":
+        run(arms, args.seeds, args.jobs)
+    else:
+        table() if args.command == "table" else picture()
 
 
 if __name__ == "__main__":
