@@ -39,6 +39,7 @@ import sample
 import train
 import vae
 from amt import AMT
+from benchmarks import cost as benchmark
 from discriminator import MotionDiscriminator, motion_tensor
 from model import (CONFIGS, WEIGHTS, DiTConfig, WanDiT, add_noise, encode_prompts, few_step, few_step_times,
                    load_dit, load_text_encoder, sample_noise, save_dit, velocity_to_x0)
@@ -1157,9 +1158,16 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
 
 
 def test_dry_run(capsys):
-    train.main(["--preset", "wan1.3b", "--dry_run"])
+    train.main(["--preset", "wan1.3b", "--dry_run", "--ranks", "8"])
     printed = capsys.readouterr().out
-    assert '"discriminator_batch": 64' in printed and "1419.0 M parameters" in printed
+    assert '"discriminator_batch": 64' in printed and "three of 1419 M" in printed
+    assert re.search(r"GiB  at the peak, in generator, flow GAN", printed), printed
+
+
+@pytest.mark.parametrize("flags", [{}, dict(benchmark.SPARE, no_r=True)], ids=["plain", "sparing"])
+def test_cost_model_counts_what_the_updates_hold(flags):
+    for update, peak, flop, *_ in benchmark.compared(benchmark.small(frames=9, **flags), benchmark.TOY):
+        assert abs(peak - 1) < 0.15 and abs(flop - 1) < 0.05, (update, peak, flop)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -31,8 +31,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import cost
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
-from model import (CONFIGS, NEGATIVE_PROMPT, REPO, WEIGHTS, WanDiT, add_noise, encode_prompts, few_step,
+from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, add_noise, encode_prompts, few_step,
                    few_step_times, load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
 from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
 from sample import read_prompts, read_video, video_files, write_video
@@ -120,7 +121,8 @@ class Config:
     save_every: int = 20            # cycles between checkpoints
     sample_every: int = 50          # cycles between sample clips
     samples: int = 4                # how many
-    dry_run: bool = False
+    dry_run: bool = False           # print what a run would need, and end
+    ranks: int = 0                  # --dry_run only: pretend so many processes
 
 
 PRESETS = {
@@ -222,8 +224,10 @@ def check(cfg):
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         raise ValueError(f"expected at most {torch.cuda.device_count()} processes on this node, one a GPU, "
                          f"got {local}: see torchrun --nnodes at the top of train.py")
-    if cfg.shard and world() % cfg.shard:
-        raise ValueError(f"expected --shard to divide the {world()} processes, got {cfg.shard}")
+    if cfg.ranks and not cfg.dry_run:
+        raise ValueError("expected --ranks with --dry_run only: torchrun says how many processes there are")
+    if cfg.shard and (cfg.ranks or world()) % cfg.shard:
+        raise ValueError(f"expected --shard to divide the {cfg.ranks or world()} processes, got {cfg.shard}")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
         raise ValueError("expected --discriminator_batch at most batch * fake_steps = "
                          f"{cfg.batch * cfg.fake_steps}, since it reuses the fake score's samples; "
@@ -813,33 +817,23 @@ def train(cfg):
     say(f"wrote {out / 'generator.safetensors'}")
 
 
-def forward_tflop(dit, cfg):
-    """One DiT forward of one sample: the blocks' matrix products and attention, which is nearly all of it."""
-    tokens = (1 + (cfg.frames - 1) // 4) * (cfg.height // 16) * (cfg.width // 16)
-    matrices = 6 * dit.dim**2 + 2 * dit.dim * dit.ffn_dim
-    return dit.layers * tokens * (2 * matrices + 4 * dit.dim * (tokens + dit.text_len)) / 1e12
-
-
 def say_warmup(cfg):
-    """What making the 3-step start costs; a forward with its recomputation and backward counts as four."""
+    """What making the 3-step start costs."""
     if cfg.warmup_steps:
-        forwards = (1 + 4 + 3) + cfg.fake_steps * (2 + 4)  # rollouts leave after two steps on average
-        eflop = cfg.warmup_steps * cfg.batch * forwards * forward_tflop(CONFIGS[cfg.preset], cfg) / 1e6
+        _, _, tflop, _ = cost.plan(cfg, 1, 1)
+        eflop = cfg.warmup_steps * (tflop["generator, DMD"] + tflop["fake score"]) / 1e6
         say(f"{cfg.warmup_steps} cycles of distribution matching come first: {eflop:.2g} EFLOP, "
             f"{eflop / 1.44:.2g} GPU-hours at 400 TFLOP/s; --generator STUDENT starts from a 3-step one")
 
 
 def dry_run(cfg):
-    """Print what a run would hold: parameters, and the bytes a rank keeps between updates."""
+    """Print what a run would need: bytes of a rank and FLOP of a cycle, by cost.py's formulas."""
     say_warmup(cfg)
-    with torch.device("meta"):
-        dit = WanDiT(CONFIGS[cfg.preset])
-        discriminator = MotionDiscriminator(CONFIGS[cfg.preset], cfg.depth, cfg.taps)
-    count = {"generator": dit, "fake_score": dit, "teacher": dit, "discriminator": discriminator}
-    for name, net in count.items():
-        n, each = sum(p.numel() for p in net.parameters()), 4 if name == "teacher" else 16
-        say(f"{name:14s} {n / 1e6:9.1f} M parameters, {n * each / world() / 2**30:7.2f} GiB a rank "
-            f"({'weights' if each == 4 else 'weights, gradients and AdamW'}, fp32, {world()} ranks)")
+    ranks = cfg.ranks or world()
+    # CHOICE: pretended processes stand on nodes of eight, as cards are rented.
+    node = min(8, ranks) if cfg.ranks else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for line in cost.report(cfg, ranks, cfg.shard or node):
+        say(line)
 
 
 def main(argv=None):
