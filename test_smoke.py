@@ -436,15 +436,17 @@ def test_vae_state_is_a_value():
     before = copy.deepcopy(state)
     once, again = (net.advance(g["dec.z"][:, :, 2:4], state, n)[0] for n in (1, 2))
     close(once, again, 2e-5)
-    assert len(state) == 32 and all(torch.equal(a, b) for a, b in zip(state, before))
-    # No entry keeps a larger tensor alive, and a clip's first frame leaves the up3d convolutions' state at zero.
-    assert all(s.untyped_storage().nbytes() == 4 * s.numel() for s in state)
-    assert sum(not s.any() for s in net.advance(g["dec.z"][:, :, :1])[1]) == 2
+    assert len(state) == 32
+    frames, before = itertools.chain(*state), itertools.chain(*before)
+    assert all(torch.equal(a, b) for a, b in zip(frames, before, strict=True))
+    # No frame keeps a larger tensor alive, and a clip's first frame leaves the up3d convolutions' state at zero.
+    assert all(s.untyped_storage().nbytes() == 4 * s.numel() for s in itertools.chain(*state))
+    assert sum(not (a.any() or b.any()) for a, b in net.advance(g["dec.z"][:, :, :1])[1]) == 2
 
 
 def test_upsample_conv_equals_the_plain_one():
     conv, x = torch.nn.Conv2d(6, 4, 3, padding=1), torch.randn(2, 6, 5, 7)
-    close(vae.upsample_conv(conv, x), conv(F.interpolate(x, scale_factor=2)), 1e-5)
+    close(vae.upsample_conv(conv, [x])[0], conv(F.interpolate(x, scale_factor=2)), 1e-5)
 
 
 def test_vae_batch_and_dtypes():
