@@ -81,7 +81,7 @@ class Correlation:
         N, D, h, w = fmap1.shape
         rows = (fmap1 / math.sqrt(D)).flatten(2).transpose(1, 2)                  # [N, h w, D]
         steps = torch.arange(-radius, radius + 1, device=fmap1.device, dtype=fmap1.dtype)
-        self.offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=2)
+        offsets = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), dim=2)
         self.levels = []
         for level in range(levels):
             # Pooling the second map equals pooling the volume, which is far larger.
@@ -89,7 +89,8 @@ class Correlation:
             last = fmap2.new_tensor([fmap2.shape[3] - 1, fmap2.shape[2] - 1])
             assert min(fmap2.shape[2:]) > 1, fmap2.shape  # align_corners divides by the index of the last cell
             volume = rows @ fmap2.flatten(2)                                      # [N, h w, h w / 4^level]
-            self.levels.append((volume.view(N * h * w, 1, *fmap2.shape[2:]), last))
+            window = torch.view_as_complex(2 * offsets / last)                    # [2r+1, 2r+1] of x + iy
+            self.levels.append((volume.view(N * h * w, 1, *fmap2.shape[2:]), last, window))
 
     def __call__(self, coords):
         """Correlations around coords [N, 2, h, w] (x, y in cells) -> [N, levels (2 radius + 1)^2, h, w].
@@ -98,10 +99,11 @@ class Correlation:
         (dy, dx) grid to (x, y) coordinates, and the trained weights expect the order that follows from it.
         """
         N, _, h, w = coords.shape
-        centers = coords.permute(0, 2, 3, 1).reshape(N * h * w, 1, 1, 2)
+        centers = coords.permute(0, 2, 3, 1).contiguous().view(N * h * w, 1, 1, 2)
         windows = []
-        for level, (volume, last) in enumerate(self.levels):
-            points = 2 * (centers / 2**level + self.offsets) / last - 1           # [N h w, 2r+1, 2r+1, 2]
+        for level, (volume, last, window) in enumerate(self.levels):
+            middle = torch.view_as_complex(centers * (2 / 2**level / last) - 1)   # as one number a pair adds faster
+            points = torch.view_as_real(middle + window)                          # [N h w, 2r+1, 2r+1, 2]
             with torch.backends.cudnn.flags(enabled=False):  # cuDNN's refuses more than 65535 points of view
                 windows.append(F.grid_sample(volume, points, align_corners=True).view(N, h, w, -1))
         return torch.cat(windows, dim=3).permute(0, 3, 1, 2)

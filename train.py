@@ -75,6 +75,7 @@ class Config:
     lr_fake_score: float = 1e-5
     lr_discriminator: float = 1e-5
     beta1: float = 0.0              # CHOICE: 0, so that the generator's two objectives share no momentum
+    gan_optimizer: bool = False     # give the generator's GAN updates an AdamW of their own
     beta2: float = 0.999
     weight_decay: float = 0.01
     clip: float = 10.0              # gradient norm
@@ -110,6 +111,7 @@ class Config:
     latents_per_pass: int = 1       # latents the VAE takes at once
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
+    shard: int = 0                  # ranks that hold one copy of the parameters; 0: all of a node, 1: a copy each
     # ablations of Table 2
     no_dmd: bool = False
     no_r: bool = False
@@ -125,12 +127,12 @@ PRESETS = {
     "wan1.3b": {},
     "wan14b": {},
     "toy": dict(
-        height=64, width=64, frames=17, steps=120, discriminator_warmup=10, samples=48, sample_every=20,
+        height=64, width=64, frames=17, steps=60, discriminator_warmup=10, samples=48, sample_every=20,
         batch=12, discriminator_batch=12, micro_batch=12, fake_steps=2,
         lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
         timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, negative_prompt="",
         sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3),
-        remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False),
+        remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False, shard=1),
 }
 
 
@@ -171,8 +173,10 @@ def resolve(cfg):
         cfg.fake_warmup = begun.get("fake_warmup", 50 if cfg.generator and not cfg.fake_score else 0)
     if cfg.no_dmd:
         cfg.warmup_steps = cfg.fake_warmup = 0
-    for name in begun and ("preset", "ema", "depth", "taps", "fake_warmup", "warmup_steps", "discriminator_warmup"):
-        now, then = json.loads(json.dumps(getattr(cfg, name))), begun[name]
+    for name in begun and ("preset", "ema", "gan_optimizer", "depth", "taps", "fake_warmup", "warmup_steps",
+                           "discriminator_warmup"):
+        now = json.loads(json.dumps(getattr(cfg, name)))
+        then = begun.get(name, now)
         if now != then:
             raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
                              "use another --out for other settings")
@@ -195,7 +199,7 @@ def check(cfg):
                  "flow_scale", "latents_per_pass", "raft_group", "save_every", "sample_every", "shift"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"expected --{name} above 0, got {getattr(cfg, name)}")
-    for name in "steps", "discriminator_warmup", "workers", "samples", "ema":
+    for name in "steps", "discriminator_warmup", "workers", "samples", "ema", "shard":
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"expected --{name} 0 or more, got {getattr(cfg, name)}")
     steps = list(cfg.timesteps)
@@ -218,6 +222,8 @@ def check(cfg):
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         raise ValueError(f"expected at most {torch.cuda.device_count()} processes on this node, one a GPU, "
                          f"got {local}: see torchrun --nnodes at the top of train.py")
+    if cfg.shard and world() % cfg.shard:
+        raise ValueError(f"expected --shard to divide the {world()} processes, got {cfg.shard}")
     if cfg.discriminator_batch > cfg.batch * cfg.fake_steps:
         raise ValueError("expected --discriminator_batch at most batch * fake_steps = "
                          f"{cfg.batch * cfg.fake_steps}, since it reuses the fake score's samples; "
@@ -254,8 +260,11 @@ def stop(line):
     sys.exit(2)
 
 
-def setup():
-    """Start the process group (one process included); returns the device and the mesh to shard over."""
+def setup(ranks=0):
+    """Start the process group (one process included); returns the device and the mesh to shard over.
+
+    ranks: how many hold one copy of the parameters between them, 0: those of a node.
+    """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
     for key, value in alone.items():
         os.environ.setdefault(key, value)
@@ -265,9 +274,9 @@ def setup():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dist.init_process_group("nccl" if cuda else "gloo")
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    ranks = ranks or int(os.environ["LOCAL_WORLD_SIZE"])
     # Parameters are sharded inside a node and replicated across (HSDP): slow links carry gradients only.
-    shape = (world() // local, local) if world() > local else (world(),)
+    shape = (world() // ranks, ranks) if world() > ranks else (world(),)
     device = "cuda" if cuda else "cpu"
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     return torch.device(device), mesh
@@ -494,7 +503,7 @@ def live_state(nets, optimizers, ema):
     """Every tensor a resume needs, by name, as views of the live (sharded) ones; loading fills them."""
     state = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
     for name, optimizer in optimizers.items():
-        for key, p in nets[name].named_parameters():
+        for key, p in nets[{"gan": "generator"}.get(name, name)].named_parameters():
             slots = optimizer.state[p].items()
             state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in slots})
     return {**state, **{f"ema.{key}": value for key, value in ema.items()}}
@@ -646,7 +655,7 @@ def train(cfg):
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
     reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, first_real, last)
     reals = itertools.chain([next(reals)], reals) if first_real < last else reals
-    device, mesh = setup()
+    device, mesh = setup(cfg.shard)
     out = Path(cfg.out)
     # The text encoder comes first and goes before the rest is loaded; one process a node runs it, the others wait.
     contexts = encode_prompts([*prompts, cfg.negative_prompt, PROMPT], cfg.weights, cfg.contexts, device,
@@ -663,6 +672,8 @@ def train(cfg):
         shard(net, mesh, dtype, cfg.checkpointing)
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
+    if cfg.gan_optimizer:
+        optimizers["gan"] = adamw(generator, cfg.lr_generator, cfg)
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
     state = live_state(nets, optimizers, ema)
     if saved:
@@ -700,7 +711,8 @@ def train(cfg):
 
     bad, log = {}, Log(out / "log.jsonl", start)
     for step in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
-        if cfg.samples and (step % cfg.sample_every == 0 or step == last):
+        moved = step == start or phases[step - 1] in ("dmd_warmup", "mogan")  # else the clips would be the same
+        if cfg.samples and (step == last or moved and step % cfg.sample_every == 0):
             log.write(sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape))
         due = step > start and (step % cfg.save_every == 0 or step == last)
         if due:
@@ -759,7 +771,8 @@ def train(cfg):
                     logit_gen = judge(see(cfg, vae, o_gen), draw)
                     (cfg.lambda_g * tally(sums, "gan_g", gan_g_loss(logit_gen), weight)).backward()
                 trainable(discriminator, True)
-                figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
+                optimizer = optimizers["gan" if cfg.gan_optimizer else "generator"]
+                figures |= update(cfg, "generator", generator, optimizer, sums, bad)
                 figures["norm_gan"] = figures.pop("norm_generator")
 
             # 4. Discriminator: real against generated motion, with R1 and R2.  Alg. 1 l.15-18, Eq. 4, 6-8

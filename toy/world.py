@@ -206,24 +206,27 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
             "jitter": step.diff(dim=1).norm(dim=2).mean(1), "blobs": blobs, "one_blob": blobs == 1}
 
 
-def score(pixels: Tensor, prompts: list[str]) -> dict[str, float]:
-    """How well clips follow their prompts: shares and means over the clips, by `track`.
+def measure(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+    """What `track` sees, against what the prompts say: figures [B] of each clip, NaN where one does not apply.
 
-    direction counts every clip whose prompt names a speed, and of the others those that move (net speed over STILL);
-    speed_error is the relative distance of the mean net speed from the range's mean, for slowly and for quickly;
-    dynamic is the share with a net speed over 1 px/frame, still the share under .25, both of prompts without an adverb.
+    direction applies where the prompt names a speed, and else if the clip moves (net speed over STILL); dynamic (net
+    speed over 1 px/frame), still (under .25) and plain_speed to prompts without an adverb; slowly and quickly are the
+    speeds of prompts with that word.
     """
     seen, named = track(pixels), torch.tensor([attributes(p) for p in prompts], device=pixels.device)
     right = {n: (seen[n] == named[:, i]).float() for i, n in enumerate(("colour", "shape", "direction"))}
     speed, adverb = seen["net_speed"], named[:, 3]
-    moves = (adverb > 0) | (speed > STILL[1])
-    plain = adverb == 0
-    out = {"colour": right["colour"], "shape": right["shape"], "direction": right["direction"][moves],
-           "one_blob": seen["one_blob"].float(), "iou": seen["iou"], "jitter": seen["jitter"],
-           "net_speed": speed, "path_speed": seen["path_speed"],
-           "slowly": speed[adverb == 1], "quickly": speed[adverb == 2],
-           "plain_speed": speed[plain], "dynamic": (speed[plain] > 1).float(), "still": (speed[plain] < .25).float()}
-    out = {name: value.mean().item() for name, value in out.items()}
+    of = lambda mask, value: torch.where(mask, value.float(), torch.nan)
+    return {**right, "direction": of((adverb > 0) | (speed > STILL[1]), right["direction"]),
+            "one_blob": seen["one_blob"].float(), "iou": seen["iou"], "jitter": seen["jitter"],
+            "net_speed": speed, "path_speed": seen["path_speed"],
+            "slowly": of(adverb == 1, speed), "quickly": of(adverb == 2, speed), "plain_speed": of(adverb == 0, speed),
+            "dynamic": of(adverb == 0, speed > 1), "still": of(adverb == 0, speed < .25)}
+
+
+def score(pixels: Tensor, prompts: list[str]) -> dict[str, float]:
+    """The means of `measure` over the clips they apply to, and the relative errors of the named speeds' means."""
+    out = {name: value.nanmean().item() for name, value in measure(pixels, prompts).items()}
     out["slowly_error"] = out["slowly"] / (sum(SLOW) / 2) - 1
     out["quickly_error"] = out["quickly"] / (sum(FAST) / 2) - 1
     return out

@@ -1,0 +1,233 @@
+"""The evidence: every arm of the toy world's tables, trained, measured against truth and compared in pairs.
+
+    python toy/evidence.py run mogan dmd --seeds 0 1 2    # train and measure arms by name; resumes, skips what is done
+    python toy/evidence.py run all                        # everything that toy/README.md shows
+    python toy/evidence.py table                          # the tables, from toy/evidence.json
+    python toy/evidence.py picture                        # toy/pictures/motion.png (pip install matplotlib)
+
+All arms start from the shipped student and one fake score fitted to it, and differ from `mogan`, the preset as it
+stands, by the flags in ARMS only. They are judged on the 200 held-out pairs of prompt and noise, the same for every
+arm. A run is one process, so that two arms fit on two cores: --jobs 2.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO))
+
+from model import few_step, few_step_times, load_dit, load_text_encoder, sample_noise  # noqa: E402
+from raft import flow_legend, flow_to_color, load_raft, video_flow  # noqa: E402
+from sample import teacher_sample  # noqa: E402
+from toy.world import clips, draw, held_out, measure, prompt  # noqa: E402
+from vae import load_vae  # noqa: E402
+
+WEIGHTS, RUNS, RESULTS = REPO / "toy" / "weights", REPO / "runs" / "evidence", REPO / "toy" / "evidence.json"
+START = "--warmup_steps 0 --discriminator_warmup 0 --steps 0 --fake_warmup 50"
+FIXED = ("renders", "vae", "teacher", "student")  # nothing to train
+ARMS = {
+    "mogan": "",
+    "dmd": "--warmup_steps 120 --discriminator_warmup 0 --steps 0",  # as many generator updates as mogan's 2 x 60
+    # Table 2
+    "no_dmd": "--no_dmd",
+    "no_r": "--no_r",
+    "latent_gan": "--latent_gan",
+    # open choices
+    "r_printed": "--r_form printed",
+    "r_strong": "--lambda_r1 3 --lambda_r2 3",
+    "r_pixel": "--r_space pixel",
+    "t_random": "--t_star random",
+    "algorithm": "--order algorithm",
+    "first_window": "--window_start first",
+    "scale_1": "--flow_scale 1",
+    "scale_9": "--flow_scale 9",
+    "roundtrip": "--real_roundtrip",
+    "two_optimizers": "--gan_optimizer",
+    "momentum": "--beta1 0.9",
+    "ema": "--ema 0.95",                                             # judged by its averaged generator
+}
+COLUMNS = {  # figures of world.measure, and how the tables call them
+    "dynamic": "over 1 px/frame", "plain_speed": "no adverb, px/frame", "slowly": "slowly", "quickly": "quickly",
+    "path_speed": "path speed", "net_speed": "net speed", "jitter": "jitter", "iou": "IoU", "one_blob": "one blob",
+    "colour": "colour", "shape": "shape", "direction": "direction",
+    "jitter_fast": "jitter, fast clips", "iou_fast": "IoU, fast clips", "one_blob_fast": "one blob, fast clips"}
+DIFFERENCES = ("dynamic", "path_speed", "jitter", "iou", "one_blob", "shape", "jitter_fast", "iou_fast")
+CONTROLS = {"dmd": ("teacher", "student", "mogan", "no_dmd", "no_r", "latent_gan"), "mogan": list(ARMS)[2:]}
+LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
+
+
+def train(name, flags, seed):
+    """Run train.py, or go on with it, in runs/evidence/NAME; returns the folder."""
+    out = RUNS / name
+    command = [sys.executable, REPO / "train.py", "--preset", "toy", "--out", out, "--seed", str(seed),
+               "--samples", "0", "--workers", "1", *flags.split()]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "train.log", "a") as log:
+        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"evidence.py: train.py failed on {name}, see {out / 'train.log'}")
+    return out
+
+
+def renders(prompts):
+    """One rendered clip of each prompt, from the first seeds that give these prompts."""
+    numbers, waiting, chosen = itertools.count(20_000_000), list(enumerate(prompts)), {}
+    while waiting:
+        seed = next(numbers)
+        words = prompt(*draw(seed, False)[0])
+        match = next((i for i, p in waiting if p == words), None)
+        if match is not None:
+            chosen[match] = seed
+            waiting = [(i, p) for i, p in waiting if i != match]
+    return clips([chosen[i] for i in range(len(prompts))]).pixels
+
+
+@torch.no_grad()
+def pixels_of(name, seed, prompts, seeds):
+    """The 200 clips of an arm [200, 3, T, H, W]."""
+    vae, parts = load_vae(WEIGHTS), []
+    if name in ("renders", "vae"):
+        x = renders(prompts)
+        return x if name == "renders" else torch.cat([vae.decode(vae.encode(part, 4), 4) for part in x.split(20)])
+    run, file = RUNS / f"{name}-{seed}", "generator_ema" if name == "ema" else "generator"
+    net = load_dit(WEIGHTS / f"{name}.safetensors" if name in FIXED else run / f"{file}.safetensors")
+    contexts = load_text_encoder(WEIGHTS)
+    times, shape = few_step_times((1000, 857, 600), 3.0), (net.cfg.in_dim, 5, 8, 8)
+    for i in range(0, len(prompts), 20):
+        context = contexts(prompts[i: i + 20])
+        if name == "teacher":
+            noise = sample_noise(seeds[i: i + 20], shape, 1)[0]
+            z0 = teacher_sample(net, noise, context, contexts([""] * len(context)), 50, 3.0, 2.0)
+        else:
+            z0 = few_step(net, sample_noise(seeds[i: i + 20], shape, 3), context, times)
+        parts.append(vae.decode(z0, 4))
+    return torch.cat(parts).clamp(-1, 1)
+
+
+def run(arms, seeds, jobs):
+    prompts, noise_seeds = map(list, zip(*held_out(200)))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    todo = [(arm, seed) for seed in seeds for arm in arms if arm not in FIXED or seed == 0]
+    todo = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" not in results]
+    score = RUNS / "start" / "fake_score.safetensors"
+    if any(arm not in FIXED for arm, _ in todo) and not score.exists():
+        train("start", START, 0)
+
+    def one(arm, seed):
+        if arm not in FIXED:
+            out = train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
+        figures = measure(pixels_of(arm, seed, prompts, noise_seeds), prompts)
+        row = {key: [round(v, 4) for v in value.tolist()] for key, value in figures.items()}
+        if arm not in FIXED:  # what the discriminator made of it, over the last ten cycles
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-11:]
+            log = {key: [r[key] for r in log if key in r] for key in LOGGED}
+            row["log"] = {key: round(sum(values) / len(values), 5) for key, values in log.items() if values}
+        results[f"{arm}-{seed}"] = row
+        text = json.dumps(results, sort_keys=True).replace("NaN", "null").replace('}, "', '},\n"')
+        RESULTS.write_text(text + "\n")
+        print(f"{arm}-{seed}", {key: round(value.nanmean().item(), 3) for key, value in figures.items()}, flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda pair: one(*pair), todo))
+
+
+def stack(results, arm):
+    """An arm's figures by name, [seeds, 200], NaN where a figure does not apply; None without results.
+
+    NAME_fast is NAME over the clips that move more than 1.2 px/frame, the slowest that "quickly" asks for: the VAE
+    blurs fast shapes, rendered ones too, so that only clips of equal speed compare fairly.
+    """
+    rows = [row for name, row in sorted(results.items()) if name.rsplit("-", 1)[0] == arm]
+    if rows:
+        x = {key: np.array([row[key] for row in rows], dtype=float) for key in rows[0] if key != "log"}
+        return x | {f"{key}_fast": np.where(x["net_speed"] > 1.2, x[key], np.nan) for key in ("jitter", "iou", "one_blob")}
+
+
+def bootstrap(a, b, rounds=2000):
+    """Mean of a minus mean of b, each [seeds, 200], and its 95 % interval: prompts are drawn in pairs, seeds apart."""
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(rounds):
+        prompts = rng.integers(a.shape[1], size=a.shape[1])
+        means = [np.nanmean(x[rng.integers(len(x), size=len(x))][:, prompts]) for x in (a, b)]
+        differences.append(means[0] - means[1])
+    return np.nanmean(a) - np.nanmean(b), *np.percentile(differences, (2.5, 97.5))
+
+
+def table():
+    """The means of every arm, then the differences from the control, or for the open choices from mogan."""
+    results = json.loads(RESULTS.read_text())
+    head = lambda *cells: "\n| " + " | ".join(cells) + " |\n|---" + "|---:" * (len(cells) - 1) + "|"
+    print(head("arm", "seeds", *COLUMNS.values()))
+    for arm in (*FIXED, *ARMS):
+        if x := stack(results, arm):
+            print(f"| {arm} | {len(x['iou'])} | " + " | ".join(f"{np.nanmean(x[key]):.3f}" for key in COLUMNS) + " |")
+    for against, arms in CONTROLS.items():
+        print(head(f"minus {against}", *(COLUMNS[key] for key in DIFFERENCES)))
+        base = stack(results, against)
+        for arm in arms:
+            if base and (x := stack(results, arm)):
+                cells = [bootstrap(x[key], base[key]) for key in DIFFERENCES]
+                print(f"| {arm} | " + " | ".join("%+.3f [%+.3f, %+.3f]" % cell for cell in cells) + " |")
+    print(head("arm, mean over the last ten cycles", *LOGGED))
+    for name, row in sorted(results.items()):
+        if "log" in row:
+            print(f"| {name} | " + " | ".join(f"{row['log'].get(key, math.nan):.4g}" for key in LOGGED) + " |")
+
+
+@torch.no_grad()
+def picture():
+    """Teacher, student and MoGAN on the same prompts and seeds: three frames of each clip, its flow under them."""
+    import matplotlib.pyplot as plt
+    prompts = ["a red circle moving right", "a green triangle moving left", "a blue square moving up"]
+    rows = {"teacher": "Teacher\n50 steps", "student": "DMD student\n3 steps", "mogan": "MoGAN\n3 steps"}
+    raft, columns = load_raft(WEIGHTS / "raft.safetensors"), [(i, t) for i in range(3) for t in (0, 8, 15)]
+    figure, axes = plt.subplots(6, 9, figsize=(9.6, 6.6), gridspec_kw=dict(
+        left=.1, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))
+    image = lambda x: (x.permute(1, 2, 0) + 1).clamp(0, 2) / 2
+    for row, (arm, label) in enumerate(rows.items()):
+        x = pixels_of(arm, 0, prompts, [0, 1, 2])
+        color = flow_to_color(video_flow(raft, x, 4), 2.5)                        # [3, 3, T-1, H, W]
+        for (i, t), above, below in zip(columns, axes[2 * row], axes[2 * row + 1]):
+            above.imshow(image(x[i, :, t]), interpolation="bicubic")
+            below.imshow(image(color[i, :, t]))
+        axes[2 * row, 0].text(-.08, 0, label, ha="right", va="center", transform=axes[2 * row, 0].transAxes)
+    for (i, t), axis in zip(columns, axes[0]):
+        axis.set_title(f'"{prompts[i]}"' if t == 8 else "", fontsize=9)
+    for axis in axes.flat:
+        axis.axis("off")
+    legend = figure.add_axes([.005, .005, .08, .12])
+    legend.imshow(image(flow_legend(2.5, 64)))
+    legend.axis("off")
+    figure.savefig(REPO / "toy" / "pictures" / "motion.png", dpi=110)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("run", "table", "picture"))
+    parser.add_argument("arms", nargs="*", metavar="ARM", help=f"all, or of {', '.join((*FIXED, *ARMS))}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2)
+    args = parser.parse_args()
+    arms = [*FIXED, *ARMS] if args.arms == ["all"] else args.arms
+    unknown = [arm for arm in arms if arm not in ARMS and arm not in FIXED]
+    if unknown:
+        sys.exit(f"evidence.py: expected arms of {', '.join((*FIXED, *ARMS))}, got {', '.join(unknown)}")
+    torch.set_num_threads(1)
+    if args.command == "run":
+        run(arms, args.seeds, args.jobs)
+    else:
+        table() if args.command == "table" else picture()
+
+
+if __name__ == "__main__":
+    main()
