@@ -449,6 +449,18 @@ def test_upsample_conv_equals_the_plain_one():
     close(vae.upsample_conv(conv, [x])[0], conv(F.interpolate(x, scale_factor=2)), 1e-5)
 
 
+def test_time_conv_equals_the_plain_one():
+    x = torch.randn(2, 6, 7, 5, 4, requires_grad=True)
+    for frames, step, kernel in (3, 1, 3), (4, 1, 3), (7, 1, 3), (5, 2, 1), (6, 1, 1):  # one, even, odd, Down, Up
+        conv = torch.nn.Conv3d(6, 4, (3, kernel, kernel), (step, 1, 1), padding=(0, kernel // 2, kernel // 2))
+        plain = conv(x[:, :, :frames])
+        ours = torch.stack(vae.time_conv(conv, list(x[:, :, :frames].unbind(2))), dim=2)
+        close(ours, plain, 1e-5)
+        a, b = (torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in (ours, plain))
+        for i, j in zip(a, b):
+            close(i, j, 1e-5 * j.abs().max())
+
+
 def test_vae_batch_and_dtypes():
     net, g = golden_vae()
     z = torch.cat([g["dec.z"][:, :, :3], g["dec.z"][:, :, 3:6]])

@@ -49,35 +49,39 @@ def norm_silu(norm, x):
     return [F.silu(norm(frame), inplace=True) for frame in x]
 
 
-def tap(conv, frame, k=-1):
-    """The share of one frame in a 3-D convolution: its temporal tap k."""
-    return F.conv2d(frame, conv.weight[:, :, k], conv.bias, padding=conv.padding[1:])
+def tap(conv, frame):
+    """What a 3-D convolution's last temporal tap, if others see zeros or there are none, makes of a frame."""
+    return F.conv2d(frame, conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:])
 
 
-def causal_conv(conv, x):
-    """A 3-D convolution with three temporal taps, of frames x without temporal padding, as 2-D convolutions.
+def time_conv(conv, x):
+    """A 3-D convolution with three temporal taps of frames x, a list that it empties, as 2-D convolutions.
 
-    Two neighbouring outputs share two of their inputs, and four products do instead of six (Winograd's F(2, 3)):
-    with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, the sums over the frames a b c d are
-    a w0 + b w1 + c w2 = m + n + (a - c) * w0 and b w0 + c w1 + d w2 = m - n - (b - d) * w2.
+    Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
+    with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
+    a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
     """
-    # CHOICE: half precision stays with the one convolution, which sums in fp32; here partial sums would be rounded.
+    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts.
     if conv.weight.element_size() < 4:
         y = F.conv3d(channels_last(torch.stack(x, dim=2)), conv.weight, conv.bias, conv.stride, conv.padding)
         return channels_last(y).unbind(2)
-    step, conv2d = conv.stride[0], functools.partial(F.conv2d, padding=conv.padding[1:])
-    w0, w1, w2 = conv.weight.unbind(2)
-    y, w_odd = [], w1 / 2
-    w_even = (w0 + w2) / 2
-    w_sum, w_difference = channels_last(w_even + w_odd), channels_last(w_even - w_odd)
+    (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
+    conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
+    if step == 1 and len(x) > 3:
+        w_sum, w_difference = (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2
     while step == 1 and len(x) > 3:
         a, b, c, d = x[:4]
-        m, n = conv2d(b + c, w_sum, conv.bias), conv2d(c - b, w_difference)
-        y += [(m + n).add_(conv2d(a - c, w0)), m.sub_(n).sub_(conv2d(b - d, w2))]
-        x = x[2:]
+        del x[:2]
+        even = conv2d(a - c, w0, bias)
+        del a  # an old state's frame; at full resolution each counts
+        odd = conv2d(d - b, w2, bias)
+        m = conv2d(b + c, w_sum)
+        even, odd = even.add_(m), odd.add_(m)
+        m = conv2d(c - b, w_difference)
+        y += [even.add_(m), odd.sub_(m)]
     while len(x) > 2:
-        y.append(conv2d(x[0], w0, conv.bias).add_(conv2d(x[1], w1)).add_(conv2d(x[2], w2)))
-        x = x[step:]
+        y.append(conv2d(x[0], w0, bias).add_(conv2d(x[1], w1)).add_(conv2d(x[2], w2)))
+        del x[:step]
     return y
 
 
@@ -92,9 +96,10 @@ def stream(conv, x, last, after):
         assert len(x) == 1, len(x)
         after.append([torch.zeros_like(x[0]), x[0]])
         return [tap(conv, x[0])]
-    x = [*last, *x]
-    after.append(x[-len(last):])
-    return causal_conv(conv, x)
+    x, keep = [*last, *x], len(last)
+    del last
+    after.append(x[-keep:])
+    return time_conv(conv, x)
 
 
 class CausalConv(nn.Conv3d):
