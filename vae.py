@@ -67,9 +67,11 @@ def time_conv(conv, x):
         return channels_last(y).unbind(2)
     (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
     conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
-    if step == 1 and len(x) > 3:
+    # A graph would keep the sums of the frames; the taps one by one keep the frames themselves, which live anyway.
+    paired = step == 1 and len(x) > 3 and not torch.is_grad_enabled()
+    if paired:
         w_sum, w_difference = (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2
-    while step == 1 and len(x) > 3:
+    while paired and len(x) > 3:
         a, b, c, d = x[:4]
         del x[:2]
         even = conv2d(a - c, w0, bias)

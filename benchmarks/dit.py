@@ -4,21 +4,25 @@ Claim: at most 0.95 of its time, forward, and forward + backward with every bloc
 random; outputs and the gradients of the latents and of all parameters are compared first.
 """
 
+import tempfile
+
 import diffusers
 import torch
 
 from compare import flags, hardware, report
-from model import DiTConfig, WanDiT, assign, official_dit
+from model import load_dit, official_dit
 
-args = flags(__doc__, layers=4, dim=1536, ffn=8960, text_len=512, frames=5, height=30, width=52)
-dtype, heads = getattr(torch, args.dtype), args.dim // 128
-theirs = diffusers.WanTransformer3DModel(num_attention_heads=heads, ffn_dim=args.ffn, num_layers=args.layers)
-theirs.to(args.device, dtype).enable_gradient_checkpointing()
-config = DiTConfig(args.dim, heads, args.ffn, args.layers, text_len=args.text_len)
-weights = official_dit({key: value.clone() for key, value in theirs.state_dict().items()})
-ours = assign(WanDiT(config), weights, "diffusers")
+args = flags(__doc__, layers=4, dim=1536, ffn=8960, frames=5, height=30, width=52)
+dtype = getattr(torch, args.dtype)
+with tempfile.TemporaryDirectory() as folder:
+    theirs = diffusers.WanTransformer3DModel(
+        num_attention_heads=args.dim // 128, ffn_dim=args.ffn, num_layers=args.layers)
+    theirs.save_pretrained(folder)
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).to(args.device).train()
+    ours = load_dit(folder, dtype=dtype).to(args.device)
+theirs.enable_gradient_checkpointing()
 z = torch.randn(1, 16, args.frames, args.height, args.width).to(args.device, dtype)
-context = torch.randn(1, args.text_len, config.text_dim).to(args.device, dtype)
+context = torch.randn(1, ours.cfg.text_len, ours.cfg.text_dim).to(args.device, dtype)
 t = torch.tensor([0.757], device=args.device)
 
 
@@ -44,7 +48,7 @@ def compare(what, a, b):
     return error
 
 
-print(f"DiT {args.dim}, ffn {args.ffn}, {args.layers} layers, text {args.text_len}x{config.text_dim}, latents "
+print(f"DiT {args.dim}, ffn {args.ffn}, {args.layers} layers, text {ours.cfg.text_len}x{ours.cfg.text_dim}, latents "
       f"{args.frames}x{args.height}x{args.width}, batch 1, diffusers {diffusers.__version__}; {hardware(args)}", flush=True)
 with torch.no_grad():
     print(f"relative difference of the outputs {compare('output', call(z), peer(z)):.1e}", flush=True)
