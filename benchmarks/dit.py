@@ -14,13 +14,12 @@ from model import load_dit, official_dit
 
 args = flags(__doc__, layers=4, dim=1536, ffn=8960, frames=5, height=30, width=52)
 dtype = getattr(torch, args.dtype)
+theirs = diffusers.WanTransformer3DModel(
+    num_attention_heads=args.dim // 128, ffn_dim=args.ffn, num_layers=args.layers)
 with tempfile.TemporaryDirectory() as folder:
-    theirs = diffusers.WanTransformer3DModel(
-        num_attention_heads=args.dim // 128, ffn_dim=args.ffn, num_layers=args.layers)
     theirs.save_pretrained(folder)
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(folder, torch_dtype=dtype).to(args.device).train()
     ours = load_dit(folder, dtype=dtype).to(args.device)
-theirs.enable_gradient_checkpointing()
+theirs.to(args.device, dtype).enable_gradient_checkpointing()
 z = torch.randn(1, 16, args.frames, args.height, args.width).to(args.device, dtype)
 context = torch.randn(1, ours.cfg.text_len, ours.cfg.text_dim).to(args.device, dtype)
 t = torch.tensor([0.757], device=args.device)
