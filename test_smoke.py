@@ -437,15 +437,31 @@ def test_vae_state_is_a_value():
     before = copy.deepcopy(state)
     once, again = (net.advance(g["dec.z"][:, :, 2:4], state, n)[0] for n in (1, 2))
     close(once, again, 2e-5)
-    assert len(state) == 32 and all(torch.equal(a, b) for a, b in zip(state, before))
-    # No entry keeps a larger tensor alive, and a clip's first frame leaves the up3d convolutions' state at zero.
-    assert all(s.untyped_storage().nbytes() == 4 * s.numel() for s in state)
-    assert sum(not s.any() for s in net.advance(g["dec.z"][:, :, :1])[1]) == 2
+    assert len(state) == 32
+    frames, before = itertools.chain(*state), itertools.chain(*before)
+    assert all(torch.equal(a, b) for a, b in zip(frames, before, strict=True))
+    # No frame keeps a larger tensor alive, and a clip's first frame leaves the up3d convolutions' state at zero.
+    assert all(s.untyped_storage().nbytes() == 4 * s.numel() for s in itertools.chain(*state))
+    assert sum(not (a.any() or b.any()) for a, b in net.advance(g["dec.z"][:, :, :1])[1]) == 2
 
 
 def test_upsample_conv_equals_the_plain_one():
     conv, x = torch.nn.Conv2d(6, 4, 3, padding=1), torch.randn(2, 6, 5, 7)
-    close(vae.upsample_conv(conv, x), conv(F.interpolate(x, scale_factor=2)), 1e-5)
+    close(vae.upsample_conv(conv, [x])[0], conv(F.interpolate(x, scale_factor=2)), 1e-5)
+
+
+def test_time_conv_equals_the_plain_one():
+    x = torch.randn(2, 6, 7, 5, 4, requires_grad=True)
+    for frames, step, kernel in (3, 1, 3), (4, 1, 3), (7, 1, 3), (5, 2, 1), (6, 1, 1):  # one, even, odd, Down, Up
+        conv = torch.nn.Conv3d(6, 4, (3, kernel, kernel), (step, 1, 1), padding=(0, kernel // 2, kernel // 2))
+        plain = conv(x[:, :, :frames])
+        ours = torch.stack(vae.time_conv(conv, list(x[:, :, :frames].unbind(2))), dim=2)
+        close(ours, plain, 1e-5)
+        with torch.no_grad():
+            close(torch.stack(vae.time_conv(conv, list(x[:, :, :frames].unbind(2))), dim=2), plain, 1e-5)
+        a, b = (torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in (ours, plain))
+        for i, j in zip(a, b):
+            close(i, j, 1e-5 * j.abs().max())
 
 
 def test_vae_batch_and_dtypes():

@@ -7,6 +7,7 @@ state is detached, and nothing after a window need be decoded.
 Module attributes carry the official checkpoint's names (numbers included), so that loading is strict.
 """
 
+import functools
 import itertools
 import json
 from dataclasses import asdict, dataclass
@@ -21,21 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from model import assign, read_state_dict, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: (x [B, C, T, H, W], past, after) -> y. Each takes its entries of the old state from the iterator `past`,
-# None where a clip starts, and appends those of the new state to the list `after`.
+# Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W]: time costs no copy, and every convolution is
+# 2-D. A layer takes its entries of the old state from the iterator `past`, None where a clip starts, and appends those
+# of the new state to the list `after`. An entry is the list of the frames that a temporal convolution saw last.
 
 
 def channels_last(x):
     """x with the channels of a pixel side by side in memory, the layout that norms and convolutions want."""
-    return x.contiguous(memory_format=torch.channels_last_3d)
-
-
-def frames(x):
-    return x.transpose(1, 2).flatten(0, 1)                                        # [B T, C, H, W]
-
-
-def clips(x, B):
-    return x.unflatten(0, (B, -1)).transpose(1, 2)                                # [B, C, T, H, W]
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 class RMSNorm(nn.Module):
@@ -48,28 +42,66 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         wide = torch.promote_types(x.dtype, torch.float32)
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min(1e-12)
-        return (x * (x.shape[1] ** 0.5 / length).to(x.dtype)).mul_(self.gamma)
+        return (x * (x.shape[1] ** 0.5 / length).to(x.dtype)).mul_(self.gamma.view(-1, 1, 1))
 
 
 def norm_silu(norm, x):
-    return F.silu(norm(x), inplace=True)
+    return [F.silu(norm(frame), inplace=True) for frame in x]
+
+
+def tap(conv, frame):
+    """What a 3-D convolution's last temporal tap, if others see zeros or there are none, makes of a frame."""
+    return F.conv2d(frame, conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:])
+
+
+def time_conv(conv, x):
+    """A 3-D convolution with three temporal taps of frames x, a list that it empties, as 2-D convolutions.
+
+    Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
+    with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
+    a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
+    """
+    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts.
+    if conv.weight.element_size() < 4:
+        y = F.conv3d(channels_last(torch.stack(x, dim=2)), conv.weight, conv.bias, conv.stride, conv.padding)
+        return channels_last(y).unbind(2)
+    (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
+    conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
+    # A graph would keep the sums of the frames; the taps one by one keep the frames themselves, which live anyway.
+    paired = step == 1 and len(x) > 3 and not torch.is_grad_enabled()
+    if paired:
+        w_sum, w_difference = (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2
+    while paired and len(x) > 3:
+        a, b, c, d = x[:4]
+        del x[:2]
+        even = conv2d(a - c, w0, bias)
+        del a  # an old state's frame; at full resolution each counts
+        odd = conv2d(d - b, w2, bias)
+        m = conv2d(b + c, w_sum)
+        even, odd = even.add_(m), odd.add_(m)
+        m = conv2d(c - b, w_difference)
+        y += [even.add_(m), odd.sub_(m)]
+    while len(x) > 2:
+        y.append(conv2d(x[0], w0, bias).add_(conv2d(x[1], w1)).add_(conv2d(x[2], w2)))
+        del x[:step]
+    return y
 
 
 def stream(conv, x, last, after):
     """A causal convolution of x that goes on where the previous chunk ended: the one place where time passes.
 
-    last: the final frames of that chunk's input to conv, [B, C, 2, H, W] (one frame if conv halves T), or None where
-    a clip starts, which stands for zeros. Those of x are appended to `after`. Returns y.
+    last: the final two frames of that chunk's input to conv (one frame if conv halves T), or None where a clip
+    starts, which stands for zeros. Those of x are appended to `after`. Returns y.
     """
     if last is None:
         # A first chunk is one frame after zeros: only the last temporal tap sees anything.
-        assert x.shape[2] == 1, x.shape
-        after.append(torch.cat([torch.zeros_like(x), x], dim=2))
-        return channels_last(F.conv3d(x, conv.weight[:, :, -1:], conv.bias, padding=conv.padding))
-    x, keep = torch.cat([last, x], dim=2), last.shape[2]
+        assert len(x) == 1, len(x)
+        after.append([torch.zeros_like(x[0]), x[0]])
+        return [tap(conv, x[0])]
+    x, keep = [*last, *x], len(last)
     del last
-    after.append(x[:, :, -keep:].clone())  # a slice would keep all of x alive
-    return channels_last(F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding))
+    after.append(x[-keep:])
+    return time_conv(conv, x)
 
 
 class CausalConv(nn.Conv3d):
@@ -85,14 +117,14 @@ class ResBlock(nn.Module):
         super().__init__()
         self.residual = nn.ModuleDict({"0": RMSNorm(dim), "2": CausalConv(dim, out_dim),
                                        "3": RMSNorm(out_dim), "6": CausalConv(out_dim, out_dim)})
-        self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else nn.Identity()
+        self.shortcut = nn.Conv3d(dim, out_dim, 1) if dim != out_dim else None
 
     def forward(self, x, past, after):
         norm1, conv1, norm2, conv2 = self.residual.values()
         # One expression, so that no name keeps what lies between the convolutions alive during the second.
         y = stream(conv2, norm_silu(norm2, stream(conv1, norm_silu(norm1, x), next(past), after)),
                    next(past), after)
-        return y.add_(self.shortcut(x))
+        return [b + (tap(self.shortcut, a) if self.shortcut else a) for a, b in zip(x, y, strict=True)]
 
 
 class Attention(nn.Module):
@@ -105,11 +137,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.weight)
 
     def forward(self, x, past, after):
-        B, C, T, H, W = x.shape
-        qkv = self.to_qkv(self.norm(frames(x)))                                   # [B T, 3 C, H, W]
-        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)         # [B T, 1, H W, C]
-        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)         # [B T, C, H W]
-        return x + clips(self.proj(y.unflatten(2, (H, W))), B)
+        return [frame + self.attend(frame) for frame in x]
+
+    def attend(self, x):
+        qkv = self.to_qkv(self.norm(x))                                           # [B, 3 C, H, W]
+        q, k, v = qkv.flatten(2).transpose(1, 2)[:, None].chunk(3, dim=3)         # [B, 1, H W, C]
+        y = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)         # [B, C, H W]
+        return self.proj(y.unflatten(2, x.shape[2:]))
 
 
 class Down(nn.Module):
@@ -121,23 +155,23 @@ class Down(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x, past, after):
-        x = channels_last(clips(self.resample["1"](F.pad(frames(x), (0, 1, 0, 1))), len(x)))
-        if self.time_conv is None:
-            return x
-        last = next(past)
-        if last is None:
-            after.append(x.clone())
-            return x
-        return stream(self.time_conv, x, last, after)
+        x = [self.resample["1"](F.pad(frame, (0, 1, 0, 1))) for frame in x]
+        last = next(past) if self.time_conv else None
+        if last is not None:
+            return stream(self.time_conv, x, last, after)
+        if self.time_conv:
+            after.append(x)
+        return x
 
 
 def upsample_conv(conv, x):
-    """Nearest-neighbour doubling, then a 3x3 convolution, of x [N, C, H, W], as one transposed convolution.
+    """Nearest-neighbour doubling, then a 3x3 convolution, of frames x, as one transposed convolution.
 
     Doubled pixels repeat, so the nine taps fall on four inputs: 2.25 times less work, and the doubled x never exists.
     """
     weight = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)  # [out, in, 4, 4]
-    return F.conv_transpose2d(x, weight.flip(2, 3).transpose(0, 1), conv.bias, stride=2, padding=1)
+    weight = weight.flip(2, 3).transpose(0, 1)
+    return [F.conv_transpose2d(frame, weight, conv.bias, stride=2, padding=1) for frame in x]
 
 
 class Up(nn.Module):
@@ -150,13 +184,12 @@ class Up(nn.Module):
 
     def forward(self, x, past, after):
         last = next(past) if self.time_conv else None
-        if self.time_conv and last is None:
-            after.append(torch.zeros_like(torch.cat([x, x], dim=2)))
+        if last is not None:
+            pairs = stream(self.time_conv, x, last, after)                        # [B, 2 C, H, W]: even | odd
+            x = [frame for pair in pairs for frame in pair.chunk(2, dim=1)]
         elif self.time_conv:
-            y = stream(self.time_conv, x, last, after)                            # [B, 2 C, T, H, W]: even | odd
-            y = y.permute(0, 2, 3, 4, 1).unflatten(4, (2, -1)).movedim(4, 2)      # [B, T, 2, H, W, C]
-            x = channels_last(y.flatten(1, 2).permute(0, 4, 1, 2, 3))             # [B, C, 2 T, H, W]
-        return channels_last(clips(upsample_conv(self.resample["1"], frames(x)), len(x)))
+            after.append([torch.zeros_like(x[0])] * 2)
+        return upsample_conv(self.resample["1"], x)
 
 
 class Head(nn.ModuleDict):
@@ -171,22 +204,15 @@ class Head(nn.ModuleDict):
 # Stacks of layers, chunk by chunk
 
 
-def run(layers, x, state, remat_blocks=False):
-    """Advance layers by one chunk: (x [B, C, T, H, W], state) -> (y, state). A pure function.
-
-    state: one tensor a causal convolution, in order, or None where a clip starts.
-    remat_blocks: checkpoint each residual block, which bounds what a recomputation of the chunk holds.
-    """
-    x, after = channels_last(x), []
-    past = itertools.repeat(None) if state is None else iter(state)
+def frame_rates(layers):
+    """The layers in groups of one frame rate, each ending with what changes it."""
+    group = []
     for layer in layers:
-        if remat_blocks and isinstance(layer, ResBlock):
-            x, pair = checkpoint(run, [layer], x, [next(past), next(past)],
-                                 use_reentrant=False, preserve_rng_state=False)
-            after += pair
-        else:
-            x = layer(x, past, after)
-    return x, after
+        group.append(layer)
+        if getattr(layer, "time_conv", None):
+            yield group
+            group = []
+    yield group
 
 
 def handed_over(items):
@@ -195,24 +221,54 @@ def handed_over(items):
         yield items.pop(0)
 
 
+def run(layers, x, state, remat_blocks=False):
+    """Advance layers by one chunk: (frames x, state) -> (frames y, state). A pure function.
+
+    state: one list of frames a causal convolution, in order, or None where a clip starts; handed over without grad.
+    remat_blocks: checkpoint each residual block, which bounds what a recomputation of the chunk holds.
+    """
+    # Without a graph to keep, two frames at a time do, the fewest that every layer takes.
+    grad, new = torch.is_grad_enabled(), []
+    past = itertools.repeat(None) if state is None else iter(state) if grad else handed_over(state)
+    for layers in frame_rates(layers):
+        size, y, before = len(x) if grad else 2, [], past
+        while x:
+            part, x, after = x[:size], x[size:], []
+            for layer in layers:
+                if remat_blocks and isinstance(layer, ResBlock):
+                    part, pair = checkpoint(run, [layer], part, [next(before), next(before)],
+                                            use_reentrant=False, preserve_rng_state=False)
+                    after += pair
+                else:
+                    part = layer(part, before, after)
+            y += part
+            before = handed_over(after)
+        x = y
+        new += after
+    return x, new
+
+
 def scan(layers, x, state, sizes, remat="pass"):
-    """Advance layers over x in chunks of `sizes` frames: (x, state) -> (y, state) as in `run`.
+    """Advance layers over x in chunks of `sizes` frames: (x [B, C, T, H, W], state) -> (y, state) as in `run`.
 
     remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none"
     neither.
     """
     assert remat in ("none", "pass", "block"), remat
-    out, state = [], state and list(state)
+    # Copies, so that no frame of the state keeps all of x alive.
+    x = [frame.clone(memory_format=torch.channels_last) for frame in x.unbind(2)]
+    y, state = [], state and list(state)
     trainable = any(p.requires_grad for layer in layers for p in layer.parameters())
-    grad = torch.is_grad_enabled() and (x.requires_grad or trainable)
-    for chunk in x.split(sizes, dim=2):
+    grad = torch.is_grad_enabled() and (x[0].requires_grad or trainable)
+    for size in sizes:
+        chunk, x = x[:size], x[size:]
         if grad and remat != "none":
-            y, state = checkpoint(run, layers, chunk, state, remat == "block",
-                                  use_reentrant=False, preserve_rng_state=False)
+            chunk, state = checkpoint(run, layers, chunk, state, remat == "block",
+                                      use_reentrant=False, preserve_rng_state=False)
         else:
-            y, state = run(layers, chunk, state and handed_over(state))
-        out.append(y)
-    return torch.cat(out, dim=2), state
+            chunk, state = run(layers, chunk, state)
+        y += chunk
+    return torch.stack(y, dim=2), state
 
 
 def chunk_sizes(length, step, first):
