@@ -61,17 +61,16 @@ def time_conv(conv, x):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
     a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
     """
-    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts.
-    if conv.weight.element_size() < 4:
+    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts. So does
+    # a graph, which would keep the sums of the frames.
+    if conv.weight.element_size() < 4 or torch.is_grad_enabled():
         y = F.conv3d(channels_last(torch.stack(x, dim=2)), conv.weight, conv.bias, conv.stride, conv.padding)
         return channels_last(y).unbind(2)
     (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
     conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
-    # A graph would keep the sums of the frames; the taps one by one keep the frames themselves, which live anyway.
-    paired = step == 1 and len(x) > 3 and not torch.is_grad_enabled()
-    if paired:
+    if step == 1 and len(x) > 3:
         w_sum, w_difference = (w0 + w1 + w2) / 2, (w0 - w1 + w2) / 2
-    while paired and len(x) > 3:
+    while step == 1 and len(x) > 3:
         a, b, c, d = x[:4]
         del x[:2]
         even = conv2d(a - c, w0, bias)
