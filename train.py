@@ -76,7 +76,7 @@ class Config:
     lr_fake_score: float = 1e-5
     lr_discriminator: float = 1e-5
     beta1: float = 0.0              # CHOICE: 0, so that the generator's two objectives share no momentum
-    gan_optimizer: bool = False     # give the generator's GAN updates an AdamW of their own
+    gan_optimizer: bool = False     # CHOICE: one AdamW; a second for GAN updates changed nothing (toy/README.md)
     beta2: float = 0.999
     weight_decay: float = 0.01
     clip: float = 10.0              # gradient norm
@@ -94,18 +94,18 @@ class Config:
     lambda_g: float = 0.5           # lambda_1
     lambda_d: float = 0.5           # lambda_2
     lambda_r1: float = 0.3
-    lambda_r2: float = 0.3
+    lambda_r2: float = 0.3          # ten times more: less motion and no loss of quality on the toy world
     sigma: float = 0.01             # noise of R1 and R2
     r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: Eq. 6-7, no sigma
     r_space: str = "latent"         # where R1 and R2 add noise: encoded flow (latent), motion tensor (pixel)
     window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
-    window_start: str = "random"    # random, first
+    window_start: str = "random"    # CHOICE: random, not first, to judge all frames; no difference seen
     raft_iters: int = 12
     flow_scale: float = 16.0        # px/frame, see motion_tensor
     depth: int = 16                 # DiT blocks in the discriminator
     taps: tuple = (7, 13, 15)       # blocks with a head
-    t_star: str = "zero"            # zero (the paper), random (APT): the discriminator's timestep
-    real_roundtrip: bool = False    # pass real clips through the VAE, so that its blur is no cue
+    t_star: str = "zero"            # the discriminator's timestep; random is APT's, and slower on the toy world
+    real_roundtrip: bool = False    # CHOICE: pass real clips through the VAE? No gain seen: flow hides its blur
     order: str = "appendix"         # generator before discriminator; algorithm: after, as Algorithm 1 prints
     # memory against time; the result is the same
     remat: str = "block"            # the VAE's backward recomputes nothing (none), a pass at once, or a block
