@@ -64,8 +64,8 @@ def time_conv(conv, x):
     # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts. So does
     # a graph, which would keep the sums of the frames.
     if conv.weight.element_size() < 4 or torch.is_grad_enabled():
-        y = F.conv3d(channels_last(torch.stack(x, dim=2)), conv.weight, conv.bias, conv.stride, conv.padding)
-        return channels_last(y).unbind(2)
+        clip = torch.stack([frame.movedim(1, 3) for frame in x], dim=1).movedim(4, 1)  # channels last, one copy
+        return channels_last(F.conv3d(clip, conv.weight, conv.bias, conv.stride, conv.padding)).unbind(2)
     (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
     conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
     if step == 1 and len(x) > 3:
@@ -220,6 +220,20 @@ def handed_over(items):
         yield items.pop(0)
 
 
+def checkpointed(block, x, *past):
+    """run of a residual block alone, recomputed when its gradient is sought.
+
+    Frames go in one by one: inside another checkpoint, arguments that are tensors are let go, but a list is kept.
+    """
+    n = len(x)
+
+    def advance(*frames):
+        return run([block], list(frames[:n]), [list(frames[i : i + 2]) or None for i in (n, n + 2)])
+
+    frames = itertools.chain(x, *filter(None, past))
+    return checkpoint(advance, *frames, use_reentrant=False, preserve_rng_state=False)
+
+
 def run(layers, x, state, remat_blocks=False):
     """Advance layers by one chunk: (frames x, state) -> (frames y, state). A pure function.
 
@@ -235,8 +249,7 @@ def run(layers, x, state, remat_blocks=False):
             part, x, after = x[:size], x[size:], []
             for layer in layers:
                 if remat_blocks and isinstance(layer, ResBlock):
-                    part, pair = checkpoint(run, [layer], part, [next(before), next(before)],
-                                            use_reentrant=False, preserve_rng_state=False)
+                    part, pair = checkpointed(layer, part, next(before), next(before))
                     after += pair
                 else:
                     part = layer(part, before, after)
