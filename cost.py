@@ -27,6 +27,7 @@ class Part(NamedTuple):
     kept: float         # bytes that autograd keeps from forward to backward
     work: float         # bytes beside those at the worst moment of its backward
     passing: float = 0  # bytes at the worst moment of a forward without gradient
+    spared: float = 0   # FLOP that such a forward spares
 
 
 def dit(cfg, B, tokens, b, remat, train=True, layers=None):
@@ -71,7 +72,9 @@ class Layer(NamedTuple):
     kept: float         # bytes for backward, with its input where it needs that
     again: float        # the same if residual blocks are checkpointed
     work: float         # bytes of gradients at the worst moment of its backward
-    passing: float
+    passing: float      # bytes at the worst moment without a gradient, when two frames go through at a time
+    spared: float = 0   # FLOP that such a pass spares: of neighbouring outputs' six temporal taps it computes four
+    handed: float = 0   # bytes of all its frames, where the frame rate changes
 
 
 def vae_layers(cfg, decoder, latents, first, B, h, w, b):
@@ -84,6 +87,12 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
     def conv(C, O, taps=taps):  # FLOP; bytes of the state, and of the input behind two past frames
         return 2 * taps * C * O * B * T * area, 2 * b * C * B * area, b * C * B * (T + 2) * area
 
+    def part():  # of a pass that goes through at a time without a gradient
+        return min(T, 2) / T
+
+    def spare(flop):
+        return flop / 3 * (b == FP32 and T > 1 and not first)
+
     def res(C, O):
         x, y, skip = b * B * C * T * area, b * B * O * T * area, (C != O) * 2 * C * O * B * T * area
         (f1, s1, in1), (f2, s2, in2) = conv(C, O), conv(O, O)
@@ -92,23 +101,25 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
         work = max(y + in2, 4 * y + FP32 / b * y - in2)       # at the last convolution; at its norm, in fp32
         # Recomputing stops at the last tensor kept: what enters the second convolution, or then the shortcut.
         twice = f1 if C == O else f1 + f2
-        return Layer(f1 + f2 + skip, twice, s1 + s2, in1 + in2, kept, x, work, x + in2 + y)
+        passing = (x + y) * part() + b * O * B * (2 + min(T, 2)) * area
+        return Layer(f1 + f2 + skip, twice, s1 + s2, in1 + in2, kept, x, work, passing, spare(f1 + f2))
 
     def attention(C):
         x = b * B * C * T * area
-        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 0, 0, 6 * x, 6 * x, 4 * x, 6 * x)
+        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 0, 0, 6 * x, 6 * x, 4 * x, 6 * x * part())
 
     def up(C, temporal):
         nonlocal T, area
-        x, flop, state, kept = b * B * C * T * area, 0, 0, 0
+        x, flop, state, kept, spared = b * B * C * T * area, 0, 0, 0, 0
         if temporal and not first:
             flop, state, kept = conv(C, 2 * C, taps=3)
-            T, x = 2 * T, 2 * x
+            spared, T, x = spare(flop), 2 * T, 2 * x
         elif temporal:
             state = 2 * x
         flop += 2 * 16 * C * (C // 2) * B * T * area
         area *= 4
-        return Layer(flop, 0, state, kept, kept + x, kept + x, 3 * x, 5 * x)  # what it gives is twice x
+        passing = 5 * x * (min(T, 4) / T if temporal else part())            # what it gives is twice x
+        return Layer(flop, 0, state, kept, kept + x, kept + x, 3 * x, passing, spared, 2 * x * temporal)
 
     def down(C, temporal):
         nonlocal T, area
@@ -118,13 +129,14 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
             state, T = b * B * C * area, T if first else T / 2
             flop += (not first) * 2 * 3 * C * C * B * T * area
         kept = x + (small + state) * (temporal and not first)
-        return Layer(flop, 0, state, kept - x, kept, kept, x + small, 2 * x)
+        passing = 2 * x * min(T, 2) / T
+        return Layer(flop, 0, state, kept - x, kept, kept, x + small, passing, 0, small * temporal)
 
     def end(C, O, normed):
         flop, state, entered = conv(C, O)
         x = b * B * C * T * area
         kept = entered + normed * (2 * x + 3 * FP32 * B * T * area)
-        return Layer(flop, 0, state, entered, kept, kept, entered, x + entered)
+        return Layer(flop, 0, state, entered, kept, kept, entered, (x + entered) * part(), spare(flop))
 
     middle = lambda: [res(dims[-1], dims[-1]), attention(dims[-1]), res(dims[-1], dims[-1])]
     C = dims[-1] if decoder else cfg.dim
@@ -163,8 +175,8 @@ def coder(cfg, decoder, latents, B, h, w, b, per_pass, remat, first):
         ahead += layer.again if remat == "block" else layer.kept
     if remat != "none":  # a recomputed pass makes its state anew; the pass behind it has given back its own
         work = max(work, ahead + state) + (passes > 1) * max(0, back - state)
-    passing = state + max(layer.passing for layer in layers)
-    return Part(flop, flop + (remat != "none") * flop + twice, kept, work, passing)
+    passing = state + max(layer.passing for layer in layers) + max(layer.handed for layer in layers)
+    return Part(flop, flop + (remat != "none") * flop + twice, kept, work, passing, over("spared"))
 
 
 def flow(cfg, B, frames, H, W, iters, group):
@@ -237,8 +249,11 @@ def updates(cfg, dit_cfg, vae_cfg, raft_cfg, b, samples):
     def vae_of(decoder, latents, B, first):
         return coder(vae_cfg, decoder, latents, B, h, w, b, cfg.latents_per_pass, cfg.remat, first)
 
+    def alone(part):  # FLOP of a forward without gradient
+        return part.forward - part.spared
+
     decode = vae_of(True, cfg.window + (start == 0), B, start == 0)
-    before = vae_of(True, start + 1, B, True).forward if start else 0  # latents that only make the state
+    before = alone(vae_of(True, start + 1, B, True)) if start else 0  # latents that only make the state
     encode = vae_of(False, cfg.window + 1, B, True)
     flows = flow(raft_cfg, B, 1 + 4 * cfg.window, cfg.height, cfg.width, cfg.raft_iters, cfg.raft_group)
     judge = discriminator(dit_cfg, cfg.depth, cfg.taps, B, motion_tokens, b, cfg.checkpointing, False)
@@ -263,11 +278,11 @@ def updates(cfg, dit_cfg, vae_cfg, raft_cfg, b, samples):
     flop, peak = judge.forward + judge.backward, judge.kept + judge.work
     if cfg.latent_gan:
         encode = vae_of(False, f, B, True)
-        flop, peak = flop + encode.forward, max(peak, 3 * FP32 * B * cfg.frames * 64 * h * w + encode.passing)
+        flop, peak = flop + alone(encode), max(peak, 3 * FP32 * B * cfg.frames * 64 * h * w + encode.passing)
     else:
-        flop += before + decode.forward + 2 * flows.forward
-        flop += both.forward * (1 + (cfg.r_space == "pixel" and not cfg.no_r))
-        flop += cfg.real_roundtrip * sum(vae_of(x, cfg.window + 1, B, True).forward for x in (False, True))
+        flop += before + alone(decode) + 2 * flows.forward
+        flop += alone(both) * (1 + (cfg.r_space == "pixel" and not cfg.no_r))
+        flop += cfg.real_roundtrip * sum(alone(vae_of(x, cfg.window + 1, B, True)) for x in (False, True))
         # Channels: real and generated motion and their concatenation; and the clips while the flow is sought.
         peak = max(12 * pixels + peak, 6 * pixels + flows.passing, 15 * pixels + both.passing)
     out["discriminator"] = flop, rollouts + peak
