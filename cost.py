@@ -162,7 +162,7 @@ def coder(cfg, decoder, latents, B, h, w, b, per_pass, remat, first):
     opening = list(vae_layers(cfg, decoder, per_pass, True, B, h, w, b)) if first else []
     passes = (latents - first) / per_pass
 
-    def over(field, layers=layers, opening=opening):  # the sum over layers and passes
+    def over(field):  # the sum over layers and passes
         return passes * sum(getattr(x, field) for x in layers) + sum(getattr(x, field) for x in opening)
 
     flop, state, back = over("flop"), sum(x.state for x in layers), sum(x.back for x in layers)

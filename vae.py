@@ -22,14 +22,14 @@ from torch.utils.checkpoint import checkpoint
 from model import assign, read_state_dict, rename
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W]: time costs no copy, and every convolution is
-# 2-D. A layer takes its entries of the old state from the iterator `past`, None where a clip starts, and appends those
-# of the new state to the list `after`. An entry is the list of the frames that a temporal convolution saw last.
+# Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W], so that time costs no copy. A layer takes its
+# entries of the old state from the iterator `past`, None where a clip starts, and appends those of the new state to
+# the list `after`. An entry is the list of the frames that a temporal convolution saw last.
 
 
 def channels_last(x):
     """x with the channels of a pixel side by side in memory, the layout that norms and convolutions want."""
-    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+    return x.contiguous(memory_format=torch.channels_last_3d)
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +55,7 @@ def tap(conv, frame):
 
 
 def time_conv(conv, x):
-    """A 3-D convolution with three temporal taps of frames x, a list that it empties, as 2-D convolutions.
+    """A 3-D convolution with three temporal taps of frames x, in fp32 without a graph as 2-D ones, which empty the list.
 
     Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d

@@ -18,28 +18,30 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path[0] = str(Path(__file__).parent.parent)  # this folder has a cost.py, too
 
+import cost  # noqa: E402
 import raft  # noqa: E402
 import train  # noqa: E402
 import vae  # noqa: E402
+from model import CONFIGS, WanDiT  # noqa: E402
 
 CYCLES, CUDA, ORDER = 3, torch.cuda.is_available(), ("generator, DMD", "fake score", "generator, GAN", "discriminator")
 
 
 def random_networks(cfg):
     torch.manual_seed(0)
-    dit = train.CONFIGS[cfg.preset]
-    nets = [train.WanDiT(dit).init_weights() for _ in range(3)]
+    dit = CONFIGS[cfg.preset]
+    nets = [WanDiT(dit).init_weights() for _ in range(3)]
     for net in nets:
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
-    flow = raft.RAFT(raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]).requires_grad_(False)
+    flow = raft.RAFT(raft.CONFIGS[cost.RAFT[cfg.preset]]).requires_grad_(False)
     coder = vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
     return nets[0], nets[1], nets[2], train.MotionDiscriminator(dit, cfg.depth, cfg.taps).load_trunk(nets[1]), coder, flow
 
 
 def random_contexts(prompts, weights, cache, device, wait):
-    shape = train.CONFIGS[cfg.preset].text_len, train.CONFIGS[cfg.preset].text_dim
+    shape = CONFIGS[cfg.preset].text_len, CONFIGS[cfg.preset].text_dim
     return lambda prompts: torch.randn(len(prompts), *shape)
 
 

@@ -26,9 +26,9 @@ import torch
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
-from model import few_step, few_step_times, load_dit, load_text_encoder, sample_noise  # noqa: E402
+from model import load_dit  # noqa: E402
 from raft import flow_legend, flow_to_color, load_raft, video_flow  # noqa: E402
-from sample import teacher_sample  # noqa: E402
+from toy.make_weights import DEVICE, GUIDANCE, few_step_clips, sample_clips  # noqa: E402
 from toy.world import clips, draw, held_out, measure, prompt  # noqa: E402
 from vae import load_vae  # noqa: E402
 
@@ -62,7 +62,8 @@ COLUMNS = {  # figures of world.measure, and how the tables call them
     "jitter_fast": "jitter, fast clips", "iou_fast": "IoU, fast clips", "one_blob_fast": "one blob, fast clips"}
 DIFFERENCES = ("dynamic", "path_speed", "jitter", "iou", "one_blob", "shape", "jitter_fast", "iou_fast")
 CONTROLS = {"dmd": ("teacher", "student", "mogan", "no_dmd", "no_r", "latent_gan"),
-            "mogan": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"), "mogan_30": list(ARMS)[8:]}
+            "mogan": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
+            "mogan_30": [arm for arm, flags in ARMS.items() if flags.startswith("--steps 30 ")]}
 LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
 
 
@@ -93,29 +94,21 @@ def renders(prompts):
 
 
 @torch.no_grad()
-def pixels_of(name, seed, prompts, seeds):
-    """The 200 clips of an arm [200, 3, T, H, W]."""
-    vae, parts = load_vae(WEIGHTS), []
+def pixels_of(name, seed, pairs):
+    """The clips of an arm [B, 3, T, H, W] for pairs of prompt and noise seed."""
+    vae = load_vae(WEIGHTS)
     if name in ("renders", "vae"):
-        x = renders(prompts)
+        x = renders([text for text, _ in pairs])
         return x if name == "renders" else torch.cat([vae.decode(vae.encode(part, 4), 4) for part in x.split(20)])
     run, file = RUNS / f"{name}-{seed}", "generator_ema" if name == "ema" else "generator"
-    net = load_dit(WEIGHTS / f"{name}.safetensors" if name in FIXED else run / f"{file}.safetensors")
-    contexts = load_text_encoder(WEIGHTS)
-    times, shape = few_step_times((1000, 857, 600), 3.0), (net.cfg.in_dim, 5, 8, 8)
-    for i in range(0, len(prompts), 20):
-        context = contexts(prompts[i: i + 20])
-        if name == "teacher":
-            noise = sample_noise(seeds[i: i + 20], shape, 1)[0]
-            z0 = teacher_sample(net, noise, context, contexts([""] * len(context)), 50, 3.0, 2.0)
-        else:
-            z0 = few_step(net, sample_noise(seeds[i: i + 20], shape, 3), context, times)
-        parts.append(vae.decode(z0, 4))
-    return torch.cat(parts).clamp(-1, 1)
+    net = load_dit(WEIGHTS / f"{name}.safetensors" if name in FIXED else run / f"{file}.safetensors").to(DEVICE)
+    vae = vae.to(DEVICE)
+    x = sample_clips(net, vae, pairs, 50, GUIDANCE, 3.0) if name == "teacher" else few_step_clips(net, vae, pairs)
+    return x.clamp(-1, 1).cpu()
 
 
 def run(arms, seeds, jobs):
-    prompts, noise_seeds = map(list, zip(*held_out(200)))
+    pairs = held_out(200)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     todo = [(arm, seed) for seed in seeds for arm in arms if arm not in FIXED or seed == 0]
     todo = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" not in results]
@@ -126,7 +119,7 @@ def run(arms, seeds, jobs):
     def one(arm, seed):
         if arm not in FIXED:
             out = train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
-        figures = measure(pixels_of(arm, seed, prompts, noise_seeds), prompts)
+        figures = measure(pixels_of(arm, seed, pairs), [text for text, _ in pairs])
         row = {key: [round(v, 4) for v in value.tolist()] for key, value in figures.items()}
         if arm not in FIXED:  # what the discriminator made of it, over the last ten cycles
             log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-11:]
@@ -195,7 +188,7 @@ def picture():
         left=.1, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))
     image = lambda x: (x.permute(1, 2, 0) + 1).clamp(0, 2) / 2
     for row, (arm, label) in enumerate(rows.items()):
-        x = pixels_of(arm, 0, prompts, [0, 1, 2])
+        x = pixels_of(arm, 0, list(zip(prompts, (0, 1, 2))))
         color = flow_to_color(video_flow(raft, x, 4), 2.5)                        # [3, 3, T-1, H, W]
         for (i, t), above, below in zip(columns, axes[2 * row], axes[2 * row + 1]):
             above.imshow(image(x[i, :, t]), interpolation="bicubic")
