@@ -276,7 +276,8 @@ class WanDiT(nn.Module):
                              f"{list(context.shape)}: the text encoder and the DiT must be of one preset")
         x = self.patch_embedding(z.to(dtype))                                     # [B, D, f, h/2, w/2]
         rope = rope_table(*x.shape[2:], cfg.dim // cfg.heads, x.device)
-        x = x.flatten(2).transpose(1, 2).float()                                  # [B, L, D]
+        # Contiguous: else the residual stream stays transposed, and every norm copies it.
+        x = x.flatten(2).transpose(1, 2).float().contiguous()                     # [B, L, D]
         e = linear32(self.time_embedding[0], sinusoid(1000 * t, cfg.freq_dim))
         e = linear32(self.time_embedding[2], F.silu(e))                           # [B, D]
         e0 = linear32(self.time_projection[1], F.silu(e)).unflatten(1, (6, -1))   # [B, 6, D]
