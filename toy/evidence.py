@@ -19,6 +19,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -115,10 +116,14 @@ def run(arms, seeds, jobs):
     score = RUNS / "start" / "fake_score.safetensors"
     if any(arm not in FIXED for arm, _ in todo) and not score.exists():
         train("start", START, 0)
+    measuring = Lock()  # trainings are processes of their own; what follows them takes turns
 
     def one(arm, seed):
-        if arm not in FIXED:
-            out = train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
+        out = arm in FIXED or train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
+        with measuring:
+            keep(arm, seed, out)
+
+    def keep(arm, seed, out):
         figures = measure(pixels_of(arm, seed, pairs), [text for text, _ in pairs])
         row = {key: [round(v, 4) for v in value.tolist()] for key, value in figures.items()}
         if arm not in FIXED:  # what the discriminator made of it, over the last ten cycles
