@@ -67,8 +67,8 @@ def settle_memory(args, calls):
         sys.exit()
 
 
-def peaks(names, *more):
-    """Peak MiB of each named call, each in a fresh process of this script with the same flags and `more`."""
+def peaks(names, *more, rounds=3):
+    """Median peak MiB of each named call, each time in a fresh process of this script with the same flags and `more`."""
     command = [sys.executable, *sys.argv, *map(str, more), "--peak_of"]
-    return {name: float(subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout.split()[-1])
-            for name in names}
+    run = lambda name: subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout.split()[-1]
+    return {name: statistics.median(float(run(name)) for _ in range(rounds)) for name in names}

@@ -58,8 +58,8 @@ print(f"window of {args.window} latents = {frames} frames {args.height}x{args.wi
       f"{args.depth} DiT blocks of width {args.width_d}; {hardware(args)}")
 if args.sweep:
     windows, groups = (1, 2, 4, 6, 8), (1, 2, 4, 8, 16, 32)
-    by_window = [peaks(calls, "--sweep", 0, "--window", window) for window in windows]
-    by_group = [peaks(["ours"], "--sweep", 0, "--group", group)["ours"] for group in groups]
+    by_window = [peaks(calls, "--sweep", 0, "--window", window, rounds=1) for window in windows]
+    by_group = [peaks(["ours"], "--sweep", 0, "--group", group, rounds=1)["ours"] for group in groups]
     print("| window, latents | " + " | ".join(map(str, windows)) + " |\n|---" + "|---:" * len(windows) + "|")
     for name in calls:
         print(f"| {name}, MiB | " + " | ".join(f"{mib[name]:.0f}" for mib in by_window) + " |")
