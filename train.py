@@ -494,12 +494,15 @@ def load_networks(cfg):
 
 
 def adamw(net, lr, cfg):
-    """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step."""
+    """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step.
+
+    Fused: no temporaries, and one operation for FSDP to dispatch, not fifteen, of which each new one takes 0.1 s.
+    """
     optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
-                                  foreach=True)
+                                  fused=True)
     for p in net.parameters():
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+        optimizer.state[p] = {"step": torch.tensor(0.0, device=p.device), **moments}
     return optimizer
 
 
