@@ -101,7 +101,7 @@ class Config:
     window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
     window_start: str = "random"    # CHOICE: random, not first, to judge all frames; no difference seen
     raft_iters: int = 12
-    flow_scale: float = 16.0        # px/frame, see motion_tensor
+    flow_scale: float = 16.0        # px/frame, near the real clips' speed: five times that taught nothing (toy)
     depth: int = 16                 # DiT blocks in the discriminator
     taps: tuple = (7, 13, 15)       # blocks with a head
     t_star: str = "zero"            # the discriminator's timestep; random is APT's, and slower on the toy world
