@@ -55,7 +55,7 @@ def tap(conv, frame):
 
 
 def time_conv(conv, x):
-    """A 3-D convolution with three temporal taps of frames x, in fp32 without a graph as 2-D ones, which empty the list.
+    """A 3-D convolution with three temporal taps of frames x, in fp32 without graph as 2-D ones, which empty the list.
 
     Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d

@@ -69,7 +69,7 @@ LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
 
 
 def train(name, flags, seed):
-    """Run train.py, or go on with it, in runs/evidence/NAME; returns the folder."""
+    """Run train.py, or go on with it, in runs/evidence/NAME."""
     out = RUNS / name
     command = [sys.executable, REPO / "train.py", "--preset", "toy", "--out", out, "--seed", str(seed),
                "--samples", "0", "--workers", "1", *flags.split()]
@@ -78,7 +78,6 @@ def train(name, flags, seed):
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"evidence.py: train.py failed on {name}, see {out / 'train.log'}")
-    return out
 
 
 def renders(prompts):
@@ -119,16 +118,17 @@ def run(arms, seeds, jobs):
     measuring = Lock()  # trainings are processes of their own; what follows them takes turns
 
     def one(arm, seed):
-        out = arm in FIXED or train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
+        if arm not in FIXED:
+            train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
         with measuring:
-            keep(arm, seed, out)
+            keep(arm, seed)
 
-    def keep(arm, seed, out):
+    def keep(arm, seed):
         figures = measure(pixels_of(arm, seed, pairs), [text for text, _ in pairs])
         row = {key: [round(v, 4) for v in value.tolist()] for key, value in figures.items()}
         if arm not in FIXED:  # what the discriminator made of it, over the last ten cycles
-            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-11:]
-            log = {key: [r[key] for r in log if key in r] for key in LOGGED}
+            lines = (RUNS / f"{arm}-{seed}" / "log.jsonl").read_text().splitlines()[-11:]
+            log = {key: [r[key] for r in map(json.loads, lines) if key in r] for key in LOGGED}
             row["log"] = {key: round(sum(values) / len(values), 5) for key, values in log.items() if values}
         results[f"{arm}-{seed}"] = row
         text = json.dumps(results, sort_keys=True).replace("NaN", "null").replace('}, "', '},\n"')
