@@ -37,7 +37,7 @@ from vae import VAEConfig, WanVAE, load_vae, save_vae                           
 
 RUNS, OUT = REPO / "runs" / "make_weights", REPO / "toy" / "weights"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS = {"vae": 760, "raft": 700, "text": 600, "latents": 28, "decoder": 500, "teacher": 6300,
+STEPS = {"vae": 760, "raft": 700, "text": 600, "latents": 28, "decoder": 1500, "teacher": 6300,
          "student": 200, "measure": 1}
 
 
