@@ -94,7 +94,7 @@ class Config:
     lambda_g: float = 0.5           # lambda_1
     lambda_d: float = 0.5           # lambda_2
     lambda_r1: float = 0.3
-    lambda_r2: float = 0.3          # ten times more: less motion and no loss of quality on the toy world
+    lambda_r2: float = 0.3          # ten times more: less motion, less jitter on the toy world
     sigma: float = 0.01             # noise of R1 and R2
     r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: Eq. 6-7, no sigma
     r_space: str = "latent"         # where R1 and R2 add noise: encoded flow (latent), motion tensor (pixel)

@@ -189,8 +189,8 @@ def picture():
     prompts = ["a red circle moving right", "a green triangle moving left", "a blue square moving up"]
     rows = {"teacher": "Teacher\n50 steps", "student": "DMD student\n3 steps", "mogan": "MoGAN\n3 steps"}
     raft, columns = load_raft(WEIGHTS / "raft.safetensors"), [(i, t) for i in range(3) for t in (0, 8, 15)]
-    figure, axes = plt.subplots(6, 9, figsize=(9.6, 6.6), gridspec_kw=dict(
-        left=.1, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))
+    figure, axes = plt.subplots(6, 9, figsize=(10, 6.6), gridspec_kw=dict(
+        left=.125, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))
     image = lambda x: (x.permute(1, 2, 0) + 1).clamp(0, 2) / 2
     for row, (arm, label) in enumerate(rows.items()):
         x = pixels_of(arm, 0, list(zip(prompts, (0, 1, 2))))
