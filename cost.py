@@ -45,11 +45,13 @@ def dit(cfg, B, tokens, b, remat, train=True, layers=None):
         # outputs that are gated, the GELU's output; and the gradient of a matrix of the MLP
         kept += 2 * FP32 + (8 + F / D) * b
         work = max(FP32 + F / D * b, 3 * FP32) + FP32 * F / n
-    again = linear + attention - (not train) * layers * n * 2 * D * F  # frozen: needs no MLP output
+    again = linear + attention - layers * n * 2 * D * F       # the MLP's output is not computed again
     backward = (1 + train) * (linear + ends) + train * 2 * text + 2.5 * attention
     backward += remat * (again + train * text)
-    keep, work = (FP32, work + kept - FP32) if remat else (kept, work)  # recomputing, a block keeps its input
-    return Part(linear + attention + text + ends, backward, layers * keep * n * D, work * n * D)
+    if remat:  # a block keeps its input and, for its gate's gradient, the MLP's output
+        inside, kept = kept, FP32 + train * b
+        work += inside - kept
+    return Part(linear + attention + text + ends, backward, layers * kept * n * D, work * n * D)
 
 
 def discriminator(cfg, depth, taps, B, tokens, b, remat, train=True):
