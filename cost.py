@@ -68,11 +68,9 @@ def discriminator(cfg, depth, taps, B, tokens, b, remat, train=True):
 class Layer(NamedTuple):
     """A layer of the VAE in one pass."""
     flop: float
-    twice: float        # of it, what a checkpointed residual block computes once more
     state: float        # bytes handed to the next pass
     back: float         # bytes of its gradient: views, so they hold that of a convolution's whole input
     kept: float         # bytes for backward, with its input where it needs that
-    again: float        # the same if residual blocks are checkpointed
     work: float         # bytes of gradients at the worst moment of its backward
     passing: float      # bytes at the worst moment without a gradient, when two frames go through at a time
     spared: float = 0   # FLOP that such a pass spares: of neighbouring outputs' six temporal taps it computes four
@@ -101,14 +99,12 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
         # Its input, what enters each SiLU and convolution, the first one's output, lengths of two norms.
         kept = x + x + in1 + y + y + in2 + 2 * 3 * FP32 * B * T * area
         work = max(y + in2, 4 * y + FP32 / b * y - in2)       # at the last convolution; at its norm, in fp32
-        # Recomputing stops at the last tensor kept: what enters the second convolution, or then the shortcut.
-        twice = f1 if C == O else f1 + f2
         passing = (x + y) * part() + b * O * B * (2 + min(T, 2)) * area
-        return Layer(f1 + f2 + skip, twice, s1 + s2, in1 + in2, kept, x, work, passing, spare(f1 + f2))
+        return Layer(f1 + f2 + skip, s1 + s2, in1 + in2, kept, work, passing, spare(f1 + f2))
 
     def attention(C):
         x = b * B * C * T * area
-        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 0, 0, 6 * x, 6 * x, 4 * x, 6 * x * part())
+        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 0, 6 * x, 4 * x, 6 * x * part())
 
     def up(C, temporal):
         nonlocal T, area
@@ -121,7 +117,7 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
         flop += 2 * 16 * C * (C // 2) * B * T * area
         area *= 4
         passing = 5 * x * (min(T, 4) / T if temporal else part())            # what it gives is twice x
-        return Layer(flop, 0, state, kept, kept + x, kept + x, 3 * x, passing, spared, 2 * x * temporal)
+        return Layer(flop, state, kept, kept + x, 3 * x, passing, spared, 2 * x * temporal)
 
     def down(C, temporal):
         nonlocal T, area
@@ -132,13 +128,13 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
             flop += (not first) * 2 * 3 * C * C * B * T * area
         kept = x + (small + state) * (temporal and not first)
         passing = 2 * x * min(T, 2) / T
-        return Layer(flop, 0, state, kept - x, kept, kept, x + small, passing, 0, small * temporal)
+        return Layer(flop, state, kept - x, kept, x + small, passing, 0, small * temporal)
 
     def end(C, O, normed):
         flop, state, entered = conv(C, O)
         x = b * B * C * T * area
         kept = entered + normed * (2 * x + 3 * FP32 * B * T * area)
-        return Layer(flop, 0, state, entered, kept, kept, entered, (x + entered) * part(), spare(flop))
+        return Layer(flop, state, entered, kept, entered, (x + entered) * part(), spare(flop))
 
     middle = lambda: [res(dims[-1], dims[-1]), attention(dims[-1]), res(dims[-1], dims[-1])]
     C = dims[-1] if decoder else cfg.dim
@@ -168,17 +164,16 @@ def coder(cfg, decoder, latents, B, h, w, b, per_pass, remat, first):
         return passes * sum(getattr(x, field) for x in layers) + sum(getattr(x, field) for x in opening)
 
     flop, state, back = over("flop"), sum(x.state for x in layers), sum(x.back for x in layers)
-    twice = over("twice") if remat == "block" else 0
-    kept = over("kept") if remat == "none" else passes * state
+    kept = passes * state if remat else over("kept")
     # A pass works from its last layer to its first: what lies behind is freed, what lies ahead is kept.
     ahead, work = 0, 0
     for layer in layers:
-        work = max(work, (0 if remat == "none" else ahead + layer.kept) + layer.work)
-        ahead += layer.again if remat == "block" else layer.kept
-    if remat != "none":  # a recomputed pass makes its state anew; the pass behind it has given back its own
+        work = max(work, remat * (ahead + layer.kept) + layer.work)
+        ahead += layer.kept
+    if remat:  # a recomputed pass makes its state anew; the pass behind it has given back its own
         work = max(work, ahead + state) + (passes > 1) * max(0, back - state)
     passing = state + max(layer.passing for layer in layers) + max(layer.handed for layer in layers)
-    return Part(flop, flop + (remat != "none") * flop + twice, kept, work, passing, over("spared"))
+    return Part(flop, (1 + remat) * flop, kept, work, passing, over("spared"))
 
 
 def flow(cfg, B, frames, H, W, iters, group):

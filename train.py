@@ -108,8 +108,8 @@ class Config:
     real_roundtrip: bool = False    # CHOICE: pass real clips through the VAE? No gain seen: flow hides its blur
     order: str = "appendix"         # generator before discriminator; algorithm: after, as Algorithm 1 prints
     # memory against time; the result is the same
-    remat: str = "block"            # the VAE's backward recomputes nothing (none), a pass at once, or a block
-    latents_per_pass: int = 1       # latents the VAE takes at once
+    remat: bool = True              # recompute each pass of the VAE in backward
+    latents_per_pass: int = 2       # latents of a pass; 2 need the least at the default window and remat
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
     shard: int = 0                  # ranks that hold one copy of the parameters; 0: all of a node, 1: a copy each
@@ -134,7 +134,7 @@ PRESETS = {
         lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
         timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, negative_prompt="",
         sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3),
-        remat="none", latents_per_pass=4, raft_group=1024, checkpointing=False, shard=1),
+        remat=False, latents_per_pass=4, raft_group=1024, checkpointing=False, shard=1),
 }
 
 
@@ -192,7 +192,7 @@ def check(cfg):
     """Raise ValueError, one line, for settings that cannot run."""
     choices = dict(
         r_form=("divided", "printed"), r_space=("latent", "pixel"), window_start=("random", "first"),
-        t_star=("zero", "random"), order=("appendix", "algorithm"), remat=("none", "pass", "block"),
+        t_star=("zero", "random"), order=("appendix", "algorithm"),
         dtype=("auto", "bf16", "fp32"))
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:

@@ -220,25 +220,10 @@ def handed_over(items):
         yield items.pop(0)
 
 
-def checkpointed(block, x, *past):
-    """run of a residual block alone, recomputed when its gradient is sought.
-
-    Frames go in one by one: inside another checkpoint, arguments that are tensors are let go, but a list is kept.
-    """
-    n = len(x)
-
-    def advance(*frames):
-        return run([block], list(frames[:n]), [list(frames[i : i + 2]) or None for i in (n, n + 2)])
-
-    frames = itertools.chain(x, *filter(None, past))
-    return checkpoint(advance, *frames, use_reentrant=False, preserve_rng_state=False)
-
-
-def run(layers, x, state, remat_blocks=False):
+def run(layers, x, state):
     """Advance layers by one chunk: (frames x, state) -> (frames y, state). A pure function.
 
     state: one list of frames a causal convolution, in order, or None where a clip starts; handed over without grad.
-    remat_blocks: checkpoint each residual block, which bounds what a recomputation of the chunk holds.
     """
     # Without a graph to keep, two frames at a time do, the fewest that every layer takes.
     grad, new = torch.is_grad_enabled(), []
@@ -248,11 +233,7 @@ def run(layers, x, state, remat_blocks=False):
         while x:
             part, x, after = x[:size], x[size:], []
             for layer in layers:
-                if remat_blocks and isinstance(layer, ResBlock):
-                    part, pair = checkpointed(layer, part, next(before), next(before))
-                    after += pair
-                else:
-                    part = layer(part, before, after)
+                part = layer(part, before, after)
             y += part
             before = handed_over(after)
         x = y
@@ -260,13 +241,11 @@ def run(layers, x, state, remat_blocks=False):
     return x, new
 
 
-def scan(layers, x, state, sizes, remat="pass"):
+def scan(layers, x, state, sizes, remat=True):
     """Advance layers over x in chunks of `sizes` frames: (x [B, C, T, H, W], state) -> (y, state) as in `run`.
 
-    remat, where a gradient is needed: "pass" checkpoints each chunk, "block" also each residual block inside, "none"
-    neither.
+    remat: where a gradient is needed, keep each chunk's input alone and compute the rest again.
     """
-    assert remat in ("none", "pass", "block"), remat
     # Copies, so that no frame of the state keeps all of x alive.
     x = [frame.clone(memory_format=torch.channels_last) for frame in x.unbind(2)]
     y, state = [], state and list(state)
@@ -274,9 +253,8 @@ def scan(layers, x, state, sizes, remat="pass"):
     grad = torch.is_grad_enabled() and (x[0].requires_grad or trainable)
     for size in sizes:
         chunk, x = x[:size], x[size:]
-        if grad and remat != "none":
-            chunk, state = checkpoint(run, layers, chunk, state, remat == "block",
-                                      use_reentrant=False, preserve_rng_state=False)
+        if grad and remat:
+            chunk, state = checkpoint(run, layers, chunk, state, use_reentrant=False, preserve_rng_state=False)
         else:
             chunk, state = run(layers, chunk, state)
         y += chunk
@@ -360,9 +338,9 @@ class WanVAE(nn.Module):
 
     Computes in the weights' dtype and answers in the input's. Arguments that all methods share:
     latents_per_pass: how many latents (4 frames each) go through at once after the first, which goes alone. The result
-        differs by rounding only. More means more memory, less overhead for small frames and fewer states kept for
-        the backward pass (one a pass: 1.9 GB of bf16 at 480x832); `remat="block"` bounds what a pass recomputes.
-    remat: what is recomputed in the backward pass instead of kept, see `scan`.
+        differs by rounding only. More means less overhead for small frames and fewer states kept for the backward
+        pass (one a pass: 1.9 GB of bf16 at 480x832), but more memory for the pass at work.
+    remat: recompute each pass in the backward pass instead of keeping its activations, see `scan`.
     """
 
     def __init__(self, cfg):
@@ -377,7 +355,7 @@ class WanVAE(nn.Module):
         cfg = self.cfg
         return [torch.tensor(v, device=z.device).view(-1, 1, 1, 1) for v in (cfg.latents_mean, cfg.latents_std)]
 
-    def moments(self, x, latents_per_pass=1, remat="pass"):
+    def moments(self, x, latents_per_pass=1, remat=True):
         """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; takes what encode takes."""
         if x.ndim != 5 or x.shape[1] != 3 or x.shape[2] % 4 != 1:
             raise ValueError(f"expected a clip [B, 3, 1 + 4k, H, W], got {list(x.shape)}: cut it to 1 + 4k frames")
@@ -387,7 +365,7 @@ class WanVAE(nn.Module):
         y, _ = scan(self.encoder.layers(), x.to(self.conv1.weight.dtype), None, sizes, remat)
         return self.conv1(y).chunk(2, dim=1)
 
-    def encode(self, x, latents_per_pass=1, remat="pass"):
+    def encode(self, x, latents_per_pass=1, remat=True):
         """The normalised mean latents z [B, C, f, h, w] of pixels x [B, 3, T, H, W] in [-1, 1].
 
         Raises ValueError unless T = 1 + 4k and H and W are divisible by 8.
@@ -395,7 +373,7 @@ class WanVAE(nn.Module):
         mean, std = self.mean_std(x)
         return ((self.moments(x, latents_per_pass, remat)[0] - mean) / std).to(x.dtype)
 
-    def advance(self, z, state=None, latents_per_pass=1, remat="pass"):
+    def advance(self, z, state=None, latents_per_pass=1, remat=True):
         """Decode the latents z that follow those behind `state` (None: a clip starts): (z, state) -> (x, state). Pure.
 
         z: [B, C, n, h, w] normalised. x: [B, 3, 4n, 8h, 8w], 4n - 3 frames at a clip's start. A state may be reused.
@@ -409,14 +387,14 @@ class WanVAE(nn.Module):
         x, state = scan(self.decoder.layers(), y, state, sizes, remat)
         return x.to(z.dtype), state
 
-    def decode(self, z, latents_per_pass=1, remat="pass"):
+    def decode(self, z, latents_per_pass=1, remat=True):
         """Pixels x [B, 3, T, H, W] of normalised latents z [B, C, f, h, w].
 
         About [-1, 1] and not clamped: a clamp has no gradient.
         """
         return self.advance(z, None, latents_per_pass, remat)[0]
 
-    def decode_window(self, z, start, chunks, latents_per_pass=1, remat="pass"):
+    def decode_window(self, z, start, chunks, latents_per_pass=1, remat=True):
         """The 1 + 4 chunks frames of a window of z [B, C, f, h, w]: a boundary frame, then whole latents.
 
         The boundary frame is the last one of latent `start`; latents start + 1 .. start + chunks give 4 frames each.

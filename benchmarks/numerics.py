@@ -1,6 +1,7 @@
 """bf16 against fp32: relative error of each network's output, and of the gradient that reaches z0 through the flow.
 
-One figure a sample, their median and the worst: a few samples have ten times the gradient of the others and would speak for all.
+One figure a sample, their median and the worst: a few samples have ten times the gradient of the others and would
+speak for all.
 
     python benchmarks/numerics.py                                           # the shipped toy weights
     python benchmarks/numerics.py --preset wan1.3b --height 480 --width 832 --device cuda
@@ -35,9 +36,9 @@ def outputs(dtype):
     for part in dit, net.trunk, vae:
         part.to(dtype)
     z = z0.clone().requires_grad_()
-    x = vae.decode_window(z, 1, args.window, remat="block")
+    x = vae.decode_window(z, 1, args.window)
     flow = video_flow(raft, x)
-    seen = vae.encode(motion_tensor(flow), remat="block")
+    seen = vae.encode(motion_tensor(flow))
     logits = net(seen, t, motion_context)
     logits.sum().backward()
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py                                      # toy sizes on this machine
     torchrun --nproc_per_node 8 benchmarks/step.py --preset wan1.3b --batch 8 --discriminator_batch 32
-    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --remat none     # what a measure buys
+    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --no-remat       # what a measure buys
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --trace 12       # and top 12 kernels
 
 Every flag of train.py is one here. Nothing is downloaded: speed and memory do not depend on what the weights say.

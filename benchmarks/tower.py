@@ -15,7 +15,7 @@ from model import DiTConfig
 from raft import CONFIGS, RAFT, video_flow
 from vae import WAN, VAEConfig, WanVAE
 
-args = flags(__doc__, window=6, height=128, width=128, dim=32, width_d=384, depth=4, group=4, sweep=0)
+args = flags(__doc__, window=6, height=128, width=128, dim=32, width_d=384, depth=4, group=4, latents_per_pass=1, sweep=0)
 torch.set_grad_enabled(True)
 vae = WanVAE(VAEConfig(args.dim, 16, WAN.latents_mean, WAN.latents_std)).requires_grad_(False).to(args.device)
 raft = RAFT(CONFIGS["large"]).requires_grad_(False).to(args.device)
@@ -25,13 +25,13 @@ z0 = torch.randn(1, 16, args.window + 1, args.height // 8, args.width // 8, devi
 context, t = torch.randn(1, 512, 4096, device=args.device), torch.zeros(1, device=args.device)
 
 
-def gradient(remat, latents_per_pass, group, checkpointing):
+def gradient(remat, group):
     for block in net.trunk.blocks:
-        block.checkpointing = checkpointing
+        block.checkpointing = remat
     z = z0.clone().requires_grad_()
-    x = vae.decode_window(z, 0, args.window, latents_per_pass, remat)
+    x = vae.decode_window(z, 0, args.window, args.latents_per_pass, remat)
     o = motion_tensor(video_flow(raft, x, 12, group))
-    net(vae.encode(o, latents_per_pass, remat), t, context).sum().backward()
+    net(vae.encode(o, args.latents_per_pass, remat), t, context).sum().backward()
     return z.grad
 
 
@@ -51,7 +51,7 @@ def draw(windows, by_window, groups, by_group):
     figure.savefig(Path(__file__).parent / "tower.png", dpi=110)
 
 
-calls = {"ours": lambda: gradient("block", 1, args.group, True), "plain": lambda: gradient("none", 1, 10**6, False)}
+calls = {"ours": lambda: gradient(True, args.group), "plain": lambda: gradient(False, 10**6)}
 settle_memory(args, calls)
 frames = 1 + 4 * args.window
 print(f"window of {args.window} latents = {frames} frames {args.height}x{args.width}, VAE width {args.dim}, RAFT large, "
