@@ -1,6 +1,7 @@
 """What the benchmarks share: alternate timing in one process, and the peak memory of a call in a process of its own."""
 
 import argparse
+import os
 import platform
 import statistics
 import subprocess
@@ -68,7 +69,15 @@ def settle_memory(args, calls):
 
 
 def peaks(names, *more, rounds=3):
-    """Median peak MiB of each named call, each time in a fresh process of this script with the same flags and `more`."""
+    """Median peak MiB of each named call, each time in a fresh process of this script with the same flags and `more`.
+
+    There glibc returns freed memory to the system at once: the peak is what a call holds, not also what malloc kept
+    for later, which differs by a quarter between one process and the next.
+    """
     command = [sys.executable, *sys.argv, *map(str, more), "--peak_of"]
-    run = lambda name: subprocess.run([*command, name], check=True, capture_output=True, text=True).stdout.split()[-1]
-    return {name: statistics.median(float(run(name)) for _ in range(rounds)) for name in names}
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+    def peak(name):
+        done = subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, text=True, env=env)
+        return float(done.stdout.split()[-1])
+    return {name: statistics.median(peak(name) for _ in range(rounds)) for name in names}
