@@ -96,9 +96,9 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
     def res(C, O):
         x, y, skip = b * B * C * T * area, b * B * O * T * area, (C != O) * 2 * C * O * B * T * area
         (f1, s1, in1), (f2, s2, in2) = conv(C, O), conv(O, O)
-        # Its input, what enters each SiLU and convolution, the first one's output, lengths of two norms.
-        kept = x + x + in1 + y + y + in2 + 2 * 3 * FP32 * B * T * area
-        work = max(y + in2, 4 * y + FP32 / b * y - in2)       # at the last convolution; at its norm, in fp32
+        # Its input, what enters each convolution, the first one's output, lengths of two norms.
+        kept = x + in1 + y + in2 + 2 * b * B * T * area
+        work = max(y + in2, (3 + 4 / T) * y - in2)            # at the last convolution; at its norm, frame by frame
         passing = (x + y) * part() + b * O * B * (2 + min(T, 2)) * area
         return Layer(f1 + f2 + skip, s1 + s2, in1 + in2, kept, work, passing, spare(f1 + f2))
 
@@ -133,7 +133,7 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
     def end(C, O, normed):
         flop, state, entered = conv(C, O)
         x = b * B * C * T * area
-        kept = entered + normed * (2 * x + 3 * FP32 * B * T * area)
+        kept = entered + normed * (x + b * B * T * area)
         return Layer(flop, state, entered, kept, entered, (x + entered) * part(), spare(flop))
 
     middle = lambda: [res(dims[-1], dims[-1]), attention(dims[-1]), res(dims[-1], dims[-1])]

@@ -431,6 +431,15 @@ def test_vae_checkpointing_changes_nothing(trainable):
             close(a, b, 1e-5 * b.abs().max())
 
 
+def test_norm_silu_equals_its_plain_twin():
+    norm, x = vae.RMSNorm(6).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(norm.gamma)
+    outputs = vae.norm_silu(norm, [x])[0], F.silu(norm(x))
+    torch.testing.assert_close(*outputs)
+    ours, plain = (torch.autograd.grad(y.sin().sum(), (x, norm.gamma)) for y in outputs)
+    torch.testing.assert_close(ours, plain)
+
+
 def test_vae_state_is_a_value():
     net, g = golden_vae()
     _, state = net.advance(g["dec.z"][:, :, :2])
