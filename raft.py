@@ -24,7 +24,35 @@ GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory gro
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features
+# Features. Images keep the channels of a pixel side by side in memory (channels last), the layout that convolutions want.
+
+
+class Standardise(torch.autograd.Function):
+    """x [N, C, H, W] with mean 0 and variance 1 over H and W, in whatever layout; keeps y alone.
+
+    With d the gradient of y = s (x - mean x), that of x is s (d - mean d - y mean(d y)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        y = x - x.mean((2, 3), keepdim=True)
+        length = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)
+        s = (length.square() / (x.shape[2] * x.shape[3]) + eps).rsqrt()
+        ctx.save_for_backward(y.mul_(s), s)
+        return y
+
+    @staticmethod
+    def backward(ctx, d):
+        y, s = ctx.saved_tensors
+        along = (d * y).mean((2, 3), keepdim=True)
+        return (d - d.mean((2, 3), keepdim=True)).sub_(y * along).mul_(s), None
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Torch's own copies channels-last images into another layout, and the next convolution copies them back."""
+
+    def forward(self, x):
+        return Standardise.apply(x, self.eps)
 
 
 class Block(nn.Module):
@@ -66,7 +94,8 @@ class Encoder(nn.Module):
         self.conv2 = nn.Conv2d(dim_in, out_dim, 1)
 
     def forward(self, x):
-        x = F.relu(self.norm1(self.conv1(x.to(self.conv1.weight.dtype))))
+        x = x.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
+        x = F.relu(self.norm1(self.conv1(x)))
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -252,7 +281,7 @@ class RAFT(nn.Module):
         self.cfg = cfg
         encoder = (cfg.widths, cfg.strides, cfg.blocks, cfg.bottleneck)
         context_norm = nn.BatchNorm2d if cfg.context_norm else nn.Identity
-        self.fnet = Encoder(*encoder, nn.InstanceNorm2d, cfg.fnet_dim)
+        self.fnet = Encoder(*encoder, InstanceNorm, cfg.fnet_dim)
         self.cnet = Encoder(*encoder, context_norm, cfg.hidden + cfg.context)
         self.update_block = UpdateBlock(cfg)
         self.eval()
@@ -285,7 +314,7 @@ class RAFT(nn.Module):
         correlation = Correlation(fmap1, fmap2, self.cfg.levels, self.cfg.radius)
         N, _, h, w = fmap1.shape
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, 2, h, w)
+        grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, h, w, 2).permute(0, 3, 1, 2)  # channels last, too
         for _ in range(iters):
             flow = flow.detach()  # as in princeton's: the hidden state carries gradients between iterations
             hidden, change = self.update_block(hidden, passes, correlation(grid + flow), flow)
@@ -406,12 +435,12 @@ def load_raft(path, device="cpu"):
     with torch.device("meta"):
         net = RAFT(cfg)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    return assign(net, state, path).requires_grad_(False).to(device)
+    return assign(net, state, path).requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def save_raft(net, path, dtype=torch.float32, **metadata):
     """Write a RAFT under princeton's keys, floats as dtype; its config and the metadata go into the header."""
-    state = {key: value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+    state = {key: value.to("cpu", dtype if value.is_floating_point() else None, copy=True).contiguous()
              for key, value in net.state_dict().items()}
     header = {"config": json.dumps(asdict(net.cfg)), **{key: str(value) for key, value in metadata.items()}}
     save_file(state, path, metadata={"format": "pt", **header})

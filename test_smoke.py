@@ -603,6 +603,16 @@ def test_raft_matches_princeton(size, keys):
         torch.testing.assert_close(flow, golden[f"unaligned_flow_up_it{i}"], **close)
 
 
+def test_instance_norm_equals_torchs_in_either_layout():
+    x = torch.randn(2, 5, 6, 7, dtype=torch.float64, requires_grad=True)
+    plain = F.instance_norm(x)
+    for layout in torch.contiguous_format, torch.channels_last:
+        y = raft.InstanceNorm(5)(x.to(memory_format=layout))
+        assert y.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(y, plain)
+        torch.testing.assert_close(*(torch.autograd.grad(out.sin().sum(), x, retain_graph=True) for out in (y, plain)))
+
+
 @pytest.mark.parametrize("size", ["large", "small"])
 def test_raft_lookup_and_upsampling(size):
     net, golden = golden_raft(size)
