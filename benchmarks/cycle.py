@@ -2,40 +2,75 @@
 
     git worktree add ../before f333d91 && python benchmarks/cycle.py --base ../before
 
-Also prints where the time of this checkout's cycle goes.
+The last lines say where the time of a cycle goes, before and now.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
-from compare import flags, hardware
+HERE = Path(__file__).resolve().parent.parent
+FLAGS = "--preset toy --samples 0 --fake_warmup 1 --discriminator_warmup 1 --save_every 1000".split()
+UPDATES = "generator, DMD", "fake score", "generator, flow GAN", "discriminator"
+
+
+def clocked_training():
+    """train.py of the checkout in the working folder; each update's seconds go to clock.jsonl beside its log."""
+    sys.path[0] = os.getcwd()
+    import train
+    update, mark = train.update, [time.perf_counter()]
+
+    def clocked(cfg, name, net, optimizer, sums, bad):
+        figures = update(cfg, name, net, optimizer, sums, bad)
+        label = {"fake_score": UPDATES[1], "discriminator": UPDATES[3]}.get(name, UPDATES[2 * ("gan_g" in sums)])
+        if train.rank() == 0:
+            with open(Path(cfg.out) / "clock.jsonl", "a") as file:
+                file.write(json.dumps([label, time.perf_counter() - mark[0]]) + "\n")
+        mark[0] = time.perf_counter()
+        return figures
+    train.update = clocked
+    train.main()
+
+
+if "RANK" in os.environ:
+    clocked_training()
+    sys.exit()
+
+from compare import flags, hardware  # noqa: E402
 
 args = flags(__doc__, base="", cycles=8)
-HERE = Path(__file__).parent.parent
-FLAGS = "--preset toy --samples 0 --fake_warmup 1 --discriminator_warmup 1 --save_every 1000".split()
 
 
 def trial(tree):
-    """The logged MoGAN cycles of a short run, without the first."""
+    """A short run: the logged MoGAN cycles without the first, and {update: median seconds}."""
     out = Path(tempfile.mkdtemp())
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *FLAGS]
-    command += ["--steps", str(args.cycles), "--out", out, "--contexts", HERE / "runs" / "contexts"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", Path(__file__).resolve(), *FLAGS]
+    command += ["--steps", str(args.cycles), "--out", out, "--contexts", out / "contexts"]
+    command += ["--weights", HERE / "toy" / "weights"]  # they changed as well, and with them the losses
     subprocess.run(list(map(str, command)), cwd=tree, check=True, capture_output=True)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [row for row in rows if row["phase"] == "mogan"][1:]
+    clock = [json.loads(line) for line in (out / "clock.jsonl").read_text().splitlines()]
+    parts = {name: statistics.median([s for label, s in clock if label == name][2:]) for name in UPDATES}
+    return [row for row in rows if row["phase"] == "mogan"][1:], parts
 
 
 print(f"toy preset, 2 processes of 1 thread; {hardware(args)}")
-pairs = []
-for _ in range(args.pairs):
-    this, base = trial(HERE), trial(args.base)
+pairs, clocks = [], []
+for i in range(args.pairs):
+    trees = (HERE, args.base)[:: -1 if i % 2 else 1]  # whoever goes second finds warm caches
+    (this, now), (base, before) = [trial(tree) for tree in trees][:: -1 if i % 2 else 1]
     worst = max(abs(a[key] / b[key] - 1) for a, b in zip(this, base) for key in ("dmd", "fake", "gan_d", "gan_g"))
     pairs.append([statistics.median(row["seconds"] for row in rows) for rows in (this, base)])
+    clocks.append((now, before))
     print(f"{pairs[-1][0]:.2f} s against {pairs[-1][1]:.2f} s; losses differ by {worst:.1e} at most", flush=True)
+for name in UPDATES:
+    a, b = (statistics.median(parts[name] for parts in side) for side in zip(*clocks))
+    print(f"{name}: {a:.2f} s an update against {b:.2f}, {a / b:.2f} of its time")
 spread = sorted(a / b for a, b in pairs)
 print(f"RESULT toy cycle, against {args.base}: {statistics.median(spread):.2f} ({spread[0]:.2f}..{spread[-1]:.2f}) "
       "of its time; aim 0.75")
