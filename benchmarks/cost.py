@@ -3,7 +3,8 @@
     python benchmarks/cost.py                 # small settings: activation peaks and FLOP, modelled, counted
     python benchmarks/cost.py --full          # the same at 480x832x81 in bf16, on tensors without memory
     python benchmarks/cost.py --table         # README's table: what to rent
-    python benchmarks/cost.py --picture       # benchmarks/growth.png
+    python benchmarks/cost.py --measure       # growth.json: bytes at full size, seconds of the toy preset, setting by setting
+    python benchmarks/cost.py --picture       # growth.png: formulas, and these measurements beside them
 
 A cycle of train.train runs as it stands, on one process without FSDP, whose gathered blocks cost.py counts
 apart. A dispatch mode sees each tensor that an operation makes and when its storage goes. The device "meta"
@@ -13,6 +14,10 @@ has shapes and no numbers: the same operations are seen at no cost, so a laptop 
 import argparse
 import gc
 import itertools
+import json
+import os
+import re
+import subprocess
 import sys
 import weakref
 from pathlib import Path
@@ -193,11 +198,66 @@ def print_table():
         print(f"| {key} | " + " | ".join(values) + " |")
 
 
-def draw(path):
-    """FLOP of a cycle and peak GiB of a rank against frames, resolution, window and processes."""
-    import matplotlib.pyplot as plt
-    base, colors = dict(preset="wan1.3b", dtype="bf16"), ("#4477aa", "#66ccee", "#ee6677", "#ccbb44")
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+PAPER = dict(ONE, height=480, width=832, frames=81, window=12, depth=16, taps=(7, 13, 15), raft_iters=12, dtype="bf16",
+             **{**SPARE, "latents_per_pass": 2})
+FULL = {  # where --measure counts the bytes of full-size updates, without their numbers
+    "frames": {T: dict(frames=T) for T in (49, 161)},
+    "height in pixels (16:9)": {h: dict(height=h, width=w) for h, w in ((256, 448), (720, 1280))},
+    "window, chunks of 4 frames": {n: dict(window=n) for n in (4, 12, 20)},
+}
+NODE = 2  # cores of the machine whose seconds --measure takes: more processes share them
+CPU = {  # there, and on toy networks
+    "frames": {T: dict(frames=T) for T in (9, 17, 33, 49)},
+    "side in pixels": {n: dict(height=n, width=n) for n in (64, 96, 128, 160)},
+    "window, chunks of 4 frames": {n: dict(window=n) for n in (1, 2, 3, 4)},
+    "processes, one thread each": {n: dict(ranks=n) for n in (1, 2, 4)},
+}
+SMALL = dict(batch=4, discriminator_batch=4)
+COLORS = {"generator, DMD": "#4477aa", "fake score": "#66ccee", "generator, flow GAN": "#ee6677", "discriminator": "#ccbb44"}
+
+
+def count_bytes():
+    """{sweep: {tick: {update: GiB of activations}}} at FULL's points."""
+    for sweep, points in FULL.items():
+        for tick, change in points.items():
+            rows = counted(small(**{**PAPER, **change}), WAN, "meta")
+            yield sweep, tick, {name: max(peak for _, peak in row) / 2**30 for name, row in rows.items()}
+
+
+def time_cycles():
+    """{sweep: {tick: {update: seconds a cycle}}} of step.py at CPU's points."""
+    for sweep, points in CPU.items():
+        for tick, change in points.items():
+            flags = {**SMALL, **change, "preset": "toy", "videos": "."}  # so that any size will do; no file is read
+            ranks = flags.pop("ranks", NODE)
+            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
+                       Path(__file__).with_name("step.py"), *itertools.chain(*((f"--{k}", v) for k, v in flags.items()))]
+            done = subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE,
+                                  stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            found = re.findall(r"RESULT (.*): ([\d.]+) s an update", done.stdout)
+            times = {name: float(s) for name, s in found}
+            times["fake score"] *= train.PRESETS["toy"]["fake_steps"]
+            yield sweep, tick, times
+
+
+def measure(path):
+    found = {"GiB": {}, "seconds": {}}
+    for unit, points in ("GiB", count_bytes()), ("seconds", time_cycles()):
+        for sweep, tick, values in points:
+            found[unit].setdefault(sweep, {})[tick] = values
+            print(f"{sweep} {tick}, {unit}: {values}", flush=True)
+    path.write_text(json.dumps(found, indent=1))
+
+
+def toy_tflop(ranks=NODE, **change):
+    """TFLOP of a cycle that a core of the measuring machine gets to do."""
+    cfg = train.Config(**{**train.PRESETS["toy"], "preset": "toy", **SMALL, **change})
+    return sum(cost.plan(cfg, ranks, 1)[2].values()) * max(1, ranks / NODE)
+
+
+def draw_full_size(axes, counted):
+    """FLOP of a cycle and GiB of a rank at the peak, by formula, and where they were counted (crosses)."""
+    base = dict(preset="wan1.3b", dtype="bf16")
     sizes = [(256, 448), (320, 560), (384, 672), (480, 832), (576, 1024), (640, 1136), (720, 1280)]
     frames = [49, 65, 81, 97, 113, 129, 145, 161]
     sweeps = {
@@ -206,20 +266,20 @@ def draw(path):
         "window, chunks of 4 frames": ([*range(2, 21, 2)], [dict(window=n) for n in range(2, 21, 2)]),
         "processes, one a card": ([1, 2, 4, 8, 16, 32], [dict(ranks=n) for n in (1, 2, 4, 8, 16, 32)]),
     }
-    figure, axes = plt.subplots(2, 4, figsize=(11, 5.2), layout="constrained", sharey="row")
     for column, (label, (ticks, changes)) in zip(axes.T, sweeps.items()):
         plans = []
         for change in changes:
             ranks = change.get("ranks", 8)
             plans.append((*cost.plan(train.Config(**{**base, **change}), ranks, min(8, ranks)), ranks))
-        names = list(plans[0][1])
-        flop = [[tflop[name] * ranks / 1000 for _, _, tflop, _, ranks in plans] for name in names]
-        column[0].stackplot(ticks, flop, colors=colors, labels=names, linewidth=0)
+        flop = [[tflop[name] * ranks / 1000 for _, _, tflop, _, ranks in plans] for name in COLORS]
+        column[0].stackplot(ticks, flop, colors=COLORS.values(), labels=COLORS, linewidth=0)
         held = [sum(held.values()) / 2**30 for held, *_ in plans]
-        for name, color in zip(names, colors):
+        for name, color in COLORS.items():
             peak = [size + peaks[name] / 2**30 for size, (_, peaks, *_) in zip(held, plans)]
-            width = 3.4 if color == colors[0] else 1.6  # the fake score's line lies on the first
-            column[1].plot(ticks, peak, color=color, marker="o", markersize=3, linewidth=width)
+            width = 3.4 if "DMD" in name else 1.6  # the fake score's line lies on it
+            column[1].plot(ticks, peak, color=color, linewidth=width)
+            for tick, gib in counted.get(label, {}).items():
+                column[1].plot(int(tick), held[0] + gib[name], "x", color=color, clip_on=False)
         column[1].fill_between(ticks, held, color="#dddddd", linewidth=0)
         for card in 80, 141:
             column[1].axhline(card * 1e9 / 2**30, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
@@ -231,15 +291,40 @@ def draw(path):
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(ticks, ticks)
         column[1].set_xlabel(label)
-    axes[0, 0].set_ylabel("PFLOP a cycle, all ranks")
-    axes[1, 0].set_ylabel("GiB at the peak, a rank")
-    axes[1, 0].text(frames[0] + 2, 3, "held between updates", color="#666666", fontsize=8)
+    axes[0, 0].set_ylabel("wan1.3b: PFLOP a cycle,\nall ranks")
+    axes[1, 0].set_ylabel("wan1.3b: GiB at the peak,\na rank")
+    text = dict(color="#666666", fontsize=8)
+    axes[1, 0].text(frames[0] + 2, 3, "held between updates", **text)
     for card in 80, 141:
-        axes[1, 0].text(161, card * 1e9 / 2**30 + 2, f"{card} GB", color="#666666", fontsize=8, ha="right")
-    axes[0, 0].set_ylim(0)
-    axes[1, 0].set_ylim(0)
-    note = "a batch of 16 gives\nmore ranks padding"
-    axes[0, 3].text(15, 420, note, color="#666666", fontsize=8, ha="right")
+        axes[1, 0].text(161, card * 1e9 / 2**30 + 2, f"{card} GB", ha="right", **text)
+    axes[0, 3].text(15, 420, "a batch of 16 gives\nmore ranks padding", ha="right", **text)
+
+
+def draw_toy(axes, seconds):
+    """Measured seconds of a cycle by update, and what its FLOP at one pace for all would take."""
+    pace = sum(seconds["frames"]["17"].values()) / toy_tflop()
+    for axis, (label, points) in zip(axes, CPU.items()):
+        bottom = [0.0] * len(points)
+        for name, color in COLORS.items():
+            bars = [seconds[label][str(tick)][name] for tick in points]
+            axis.bar(range(len(points)), bars, 0.6, bottom, color=color)
+            bottom = [a + b for a, b in zip(bottom, bars)]
+        axis.plot([pace * toy_tflop(**change) for change in points.values()], "k.-", linewidth=0.8)
+        axis.set_xticks(range(len(points)), points)
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("toy, measured on two cores:\nseconds a cycle of 4 clips")
+    axes[0].text(0.02, 0.9, "black: FLOP at one pace", transform=axes[0].transAxes, color="#666666", fontsize=8)
+
+
+def draw(path):
+    import matplotlib.pyplot as plt
+    measured = json.loads(path.with_name("growth.json").read_text())
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 4, figsize=(11, 7.8), layout="constrained", sharey="row")
+    draw_full_size(axes[:2], measured["GiB"])
+    draw_toy(axes[2], measured["seconds"])
+    for axis in axes[:, 0]:
+        axis.set_ylim(0)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
 
@@ -247,16 +332,16 @@ def draw(path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, or meta: shapes only")
-    for flag in "full", "table", "picture":
+    for flag in "full", "table", "measure", "picture":
         parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()
     if args.table:
         print_table()
+    elif args.measure:
+        measure(Path(__file__).with_name("growth.json"))
     elif args.picture:
         draw(Path(__file__).with_name("growth.png"))
     elif args.full:
-        paper = dict(ONE, height=480, width=832, frames=81, window=12, depth=16, taps=(7, 13, 15),
-                     raft_iters=12, dtype="bf16")
-        print_comparison({"wan1.3b, bf16, 480x832x81": (WAN, {**paper, **SPARE, "latents_per_pass": 2})}, "meta")
+        print_comparison({"wan1.3b, bf16, 480x832x81": (WAN, PAPER)}, "meta")
     else:
         print_comparison(SETTINGS, args.device)

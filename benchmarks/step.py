@@ -26,7 +26,7 @@ import train  # noqa: E402
 import vae  # noqa: E402
 from model import CONFIGS, WanDiT  # noqa: E402
 
-CYCLES, CUDA, ORDER = 3, torch.cuda.is_available(), ("generator, DMD", "fake score", "generator, GAN", "discriminator")
+CYCLES, CUDA, ORDER = 3, torch.cuda.is_available(), ("generator, DMD", "fake score", "generator, flow GAN", "discriminator")
 
 
 def random_networks(cfg):
