@@ -24,35 +24,14 @@ GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory gro
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Features. Images keep the channels of a pixel side by side in memory (channels last), the layout that convolutions want.
-
-
-class Standardise(torch.autograd.Function):
-    """x [N, C, H, W] with mean 0 and variance 1 over H and W, in whatever layout; keeps y alone.
-
-    With d the gradient of y = s (x - mean x), that of x is s (d - mean d - y mean(d y)).
-    """
-
-    @staticmethod
-    def forward(ctx, x, eps):
-        y = x - x.mean((2, 3), keepdim=True)
-        length = torch.linalg.vector_norm(y, dim=(2, 3), keepdim=True)
-        s = (length.square() / (x.shape[2] * x.shape[3]) + eps).rsqrt()
-        ctx.save_for_backward(y.mul_(s), s)
-        return y
-
-    @staticmethod
-    def backward(ctx, d):
-        y, s = ctx.saved_tensors
-        along = (d * y).mean((2, 3), keepdim=True)
-        return (d - d.mean((2, 3), keepdim=True)).sub_(y * along).mul_(s), None
+# Features. Images lie in memory with the channels of a pixel side by side (channels last), as convolutions want them.
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Torch's own copies channels-last images into another layout, and the next convolution copies them back."""
+    """One batch norm an image: torch's instance norm copies channels-last images into another layout and back."""
 
     def forward(self, x):
-        return Standardise.apply(x, self.eps)
+        return torch.cat([F.batch_norm(image, None, None, training=True, eps=self.eps) for image in x.split(1)])
 
 
 class Block(nn.Module):
@@ -314,7 +293,8 @@ class RAFT(nn.Module):
         correlation = Correlation(fmap1, fmap2, self.cfg.levels, self.cfg.radius)
         N, _, h, w = fmap1.shape
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, h, w, 2).permute(0, 3, 1, 2)  # channels last, too
+        # Channels last, as all that this flow will meet: one other tensor in a sum or a cat turns the rest around.
+        grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, h, w, 2).permute(0, 3, 1, 2)
         for _ in range(iters):
             flow = flow.detach()  # as in princeton's: the hidden state carries gradients between iterations
             hidden, change = self.update_block(hidden, passes, correlation(grid + flow), flow)
