@@ -17,11 +17,10 @@ from safetensors.torch import save_file
 from compare import flags, hardware, report
 from raft import GROUP, load_raft, video_flow
 
-# The wheel's compiled operators, which RAFT does without, do not load beside a CPU build of torch; its import wants two.
-library = torch.library.Library("torchvision", "FRAGMENT")
-for name in "nms", "qnms":
-    if not hasattr(torch.ops.torchvision, name):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if torch.version.cuda is None:  # there the wheel's compiled operators, which RAFT does without, do not load; two are asked for
+    stubs = torch.library.Library("torchvision", "DEF")
+    for name in "nms", "qnms":
+        stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 from torchvision.models.optical_flow import raft_large  # noqa: E402
 
 args = flags(__doc__, frames=9, height=192, width=320, iters=12, group=9)
