@@ -54,8 +54,8 @@ class Block(nn.Module):
     def forward(self, x):
         y = x
         for i in range(1, self.depth + 1):
-            y = F.relu(getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y)))
-        return F.relu((x if self.downsample is None else self.downsample(x)) + y)
+            y = getattr(self, f"norm{i}")(getattr(self, f"conv{i}")(y)).relu_()
+        return ((x if self.downsample is None else self.downsample(x)) + y).relu_()
 
 
 class Encoder(nn.Module):
@@ -74,7 +74,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = x.to(self.conv1.weight.dtype, memory_format=torch.channels_last)
-        x = F.relu(self.norm1(self.conv1(x)))
+        x = self.norm1(self.conv1(x)).relu_()
         return self.conv2(self.layer3(self.layer2(self.layer1(x))))
 
 
@@ -134,10 +134,10 @@ class MotionEncoder(nn.Module):
         self.conv = nn.Conv2d(dims[-1] + cfg.flow_dims[1], cfg.motion - 2, 3, padding=1)
 
     def forward(self, corr, flow):
-        corr = F.relu(self.convc1(corr))
-        corr = corr if self.convc2 is None else F.relu(self.convc2(corr))
-        features = F.relu(self.convf2(F.relu(self.convf1(flow))))
-        return torch.cat([F.relu(self.conv(torch.cat([corr, features], dim=1))), flow], dim=1)
+        corr = self.convc1(corr).relu_()
+        corr = corr if self.convc2 is None else self.convc2(corr).relu_()
+        features = self.convf2(self.convf1(flow).relu_()).relu_()
+        return torch.cat([self.conv(torch.cat([corr, features], dim=1)).relu_(), flow], dim=1)
 
 
 class ConvGRU(nn.Module):
@@ -170,9 +170,9 @@ class ConvGRU(nn.Module):
         D = hidden.shape[1]
         for weight, share, padding in passes:
             gates = F.conv2d(torch.cat([hidden, motion], dim=1), weight[: 2 * D], padding=padding)
-            z, r = (gates + share[:, : 2 * D]).sigmoid().chunk(2, dim=1)
+            z, r = gates.add_(share[:, : 2 * D]).sigmoid_().chunk(2, dim=1)
             q = F.conv2d(torch.cat([r * hidden, motion], dim=1), weight[2 * D :], padding=padding)
-            hidden = (1 - z) * hidden + z * (q + share[:, 2 * D :]).tanh()
+            hidden = hidden.lerp(q.add_(share[:, 2 * D :]).tanh_(), z)
         return hidden
 
 
@@ -183,11 +183,11 @@ class UpdateBlock(nn.Module):
         super().__init__()
         self.encoder, self.gru = MotionEncoder(cfg), ConvGRU(cfg)
         self.flow_head = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(cfg.hidden, cfg.head_dim, 3, padding=1), relu=nn.ReLU(),
+            conv1=nn.Conv2d(cfg.hidden, cfg.head_dim, 3, padding=1), relu=nn.ReLU(inplace=True),
             conv2=nn.Conv2d(cfg.head_dim, 2, 3, padding=1)))
         if cfg.mask_dim:
             self.mask = nn.Sequential(
-                nn.Conv2d(cfg.hidden, cfg.mask_dim, 3, padding=1), nn.ReLU(),
+                nn.Conv2d(cfg.hidden, cfg.mask_dim, 3, padding=1), nn.ReLU(inplace=True),
                 nn.Conv2d(cfg.mask_dim, 9 * cfg.stride**2, 1))
 
     def forward(self, hidden, passes, corr, flow):
