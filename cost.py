@@ -211,9 +211,9 @@ def flow(cfg, B, frames, H, W, iters, group):
     mask = 2 * cells * (9 * hidden + 9 * cfg.stride**2) * cfg.mask_dim
     pair, back = once + iters * (graph + loose + head) + mask, 2 * once + iters * graph + head + mask
     # Bytes of a pair: an iteration keeps coordinates, what it looked up, each convolution's input and ReLU,
-    # and of a GRU the two inputs, the gates, 1 - z, tanh and the new state.
+    # and of a GRU the two inputs, the gates, tanh and the new state.
     step = FP32 * cells * (3 * looked + sum(cfg.corr_dims) + corr[-1] + flows[1] + 2 * motion
-                           + len(cfg.gru_kernels) * (2 * (hidden + motion) + 5 * hidden))
+                           + len(cfg.gru_kernels) * (2 * (hidden + motion) + 4 * hidden))
     up = FP32 * cells * (cfg.mask_dim + 9 * cfg.stride**2)
     match = pyramid + FP32 * cells * (2 * D + hidden + context) + iters * step + up
     grads = max(1.75 * pyramid - step, 3 * up)                # of two lookups; or of the upsampling
@@ -293,14 +293,16 @@ def resident(cfg, share, b):
         net, judge = model.WanDiT(config), MotionDiscriminator(config, cfg.depth, cfg.taps)
         frozen = vae.WanVAE(vae.CONFIGS[cfg.preset]), raft.RAFT(raft.CONFIGS[RAFT[cfg.preset]])
     n, d, block, v, r = (sum(p.numel() for p in x.parameters()) for x in (net, judge, net.blocks[0], *frozen))
-    root = n - len(net.blocks) * block
+    # FSDP gathers a block ahead of the one at work and leaves the four roots gathered; in one piece that is all.
+    unit, gathered = block, 2 * block + 4 * (n - len(net.blocks) * block)
+    if not cfg.shard_blocks:
+        unit, gathered = max(n, d), 3 * n + d
     return {
         f"weights, fp32: three of {n / 1e6:.0f} M, discriminator {d / 1e6:.0f} M": FP32 * (3 * n + d) / share,
         "AdamW's moments, fp32": 2 * FP32 * (2 * n + d + cfg.gan_optimizer * n) / share,
         "averaged generator, fp32": FP32 * n / share * (cfg.ema > 0),
         "gradients of one network, fp32": FP32 * max(n, d) / share,
-        # FSDP gathers a block ahead of the one at work, leaves the four roots gathered, and reduces in fp32.
-        "gathered blocks and their gradients": b * (2 * block + 4 * root) + (b + FP32) * block,
+        "gathered parameters and their gradients": b * gathered + (b + FP32) * unit,  # reduced in fp32
         "VAE and RAFT": b * v + FP32 * r,
     }
 

@@ -954,7 +954,7 @@ def tiny_weights(folder):
 
 SHORT = ("--preset toy --steps 1 --fake_warmup 0 --warmup_steps 0 --discriminator_warmup 0 --batch 2 "
          "--discriminator_batch 3 --micro_batch 2 --frames 9 --window 1 --raft_iters 2 --samples 0 "
-         "--workers 0 --shard 0").split()
+         "--workers 0 --shard 0 --shard_blocks").split()
 
 
 def run(weights, out, *flags):
@@ -1037,10 +1037,11 @@ def test_shares_cover_the_batch_on_any_number_of_ranks(monkeypatch):
             assert sum(weights.values()) == pytest.approx(world, rel=1e-5)
 
 
-def test_frozen_sharded_net_collects_no_gradient(tmp_path):
+@pytest.mark.parametrize("blocks", [True, False])
+def test_frozen_sharded_net_collects_no_gradient(blocks):
     _, mesh = train.setup()
     net = MotionDiscriminator(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8), 2, (0, 1))
-    train.shard(net, mesh, None, True)
+    train.shard(net, mesh, None, blocks, True)
     context, o = torch.zeros(1, 8, 16), torch.randn(1, 4, 2, 4, 4, requires_grad=True)
     with torch.no_grad():
         net(o, torch.zeros(1), context)  # leaves the root gathered, with gradients on
@@ -1070,7 +1071,8 @@ def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
     two = read_log(tmp_path / "two")  # two processes, the same global batch
     assert run(weights, tmp_path / "one", *flags) == straight  # to the last bit
     resumed = run(weights, tmp_path / "two", *flags)  # saved by two ranks, resumed by one
-    processes = started(2, weights, tmp_path / "nodes", flags, nodes=2)  # and by two nodes: replicas, not shards
+    # and by two nodes: replicas, not shards, and in one piece
+    processes = started(2, weights, tmp_path / "nodes", [*flags, "--no-shard_blocks"], nodes=2)
     assert [process.wait() for process in processes] == [0, 0]
     nodes = read_log(tmp_path / "nodes")
     for row, want in [*zip(two, straight), *zip(resumed, straight), *zip(nodes, straight)]:

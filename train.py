@@ -113,6 +113,7 @@ class Config:
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
     shard: int = 0                  # ranks that hold one copy of the parameters; 0: all of a node, 1: a copy each
+    shard_blocks: bool = True       # gather and reduce block by block; a small network is quicker in one piece
     # ablations of Table 2
     no_dmd: bool = False
     no_r: bool = False
@@ -134,7 +135,7 @@ PRESETS = {
         lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
         timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, negative_prompt="",
         sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, depth=4, taps=(1, 2, 3),
-        remat=False, latents_per_pass=4, raft_group=1024, checkpointing=False, shard=1),
+        remat=False, latents_per_pass=4, raft_group=1024, checkpointing=False, shard=1, shard_blocks=False),
 }
 
 
@@ -286,14 +287,15 @@ def setup(ranks=0):
     return torch.device(device), mesh
 
 
-def shard(net, mesh, dtype, checkpointing):
-    """FSDP2: each block, then the rest. Only `net(...)` may be called afterwards."""
+def shard(net, mesh, dtype, blocks, checkpointing):
+    """FSDP2: each block, then the rest; without `blocks` all at once. Only `net(...)` may be called afterwards."""
     policy = dict(reduce_dtype=torch.float32, cast_forward_inputs=False)
     trunk = getattr(net, "trunk", net)
     for block in trunk.blocks:
         block.checkpointing = checkpointing
-        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
-    if trunk is not net:  # a discriminator: R1 and R2 compare logits that are closer than bf16 resolves
+        if blocks:
+            fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
+    if dtype and trunk is not net:  # a discriminator: R1 and R2 compare logits that are closer than bf16 resolves
         for part in *net.heads, net.logit:
             fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
     return fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
@@ -676,7 +678,7 @@ def train(cfg):
     vae, raft = vae.to(device, dtype), raft.to(device)
     teacher.requires_grad_(False)
     for net in generator, fake_score, teacher, discriminator:
-        shard(net, mesh, dtype, cfg.checkpointing)
+        shard(net, mesh, dtype, cfg.shard_blocks, cfg.checkpointing)
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}"), cfg) for name, net in nets.items()}
     if cfg.gan_optimizer:

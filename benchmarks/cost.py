@@ -95,7 +95,7 @@ def counted(cfg, nets, device="cpu"):
             p.data = vae.channels_last(p.data) if p.ndim == 5 else p.data
         return generator, teacher, fake_score, judge, *(net.requires_grad_(False) for net in frozen)
 
-    def shard(net, mesh, dtype, checkpointing):
+    def shard(net, mesh, dtype, blocks, checkpointing):
         trunk = getattr(net, "trunk", net).to(dtype)
         for block in trunk.blocks:
             block.checkpointing = checkpointing

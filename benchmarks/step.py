@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 benchmarks/step.py --preset wan1.3b --batch 8 --discriminator_batch 32
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --no-remat       # what a measure buys
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --trace 12       # and top 12 kernels
+    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --compile        # torch.compile each block
 
 Every flag of train.py is one here. Nothing is downloaded: speed and memory do not depend on what the weights say.
 Peaks are those of the CUDA allocator, so on a CPU only seconds are shown.
@@ -37,7 +38,11 @@ def random_networks(cfg):
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
     flow = raft.RAFT(raft.CONFIGS[cost.RAFT[cfg.preset]]).requires_grad_(False)
     coder = vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
-    return nets[0], nets[1], nets[2], train.MotionDiscriminator(dit, cfg.depth, cfg.taps).load_trunk(nets[1]), coder, flow
+    judge = train.MotionDiscriminator(dit, cfg.depth, cfg.taps).load_trunk(nets[1])
+    for net in (*nets, judge.trunk) * compiled:
+        for block in net.blocks:
+            block.compile()
+    return *nets, judge, coder, flow
 
 
 def random_contexts(prompts, weights, cache, device, wait):
@@ -66,6 +71,8 @@ def clocked(cfg, name, net, optimizer, sums, bad):
 
 
 argv, trace = sys.argv[1:], 0
+compiled = "--compile" in argv
+argv = [flag for flag in argv if flag != "--compile"]
 if "--trace" in argv:
     at = argv.index("--trace")
     trace = int(argv[at + 1])
