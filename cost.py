@@ -27,7 +27,6 @@ class Part(NamedTuple):
     kept: float         # bytes that autograd keeps from forward to backward
     work: float         # bytes beside those at the worst moment of its backward
     passing: float = 0  # bytes at the worst moment of a forward without gradient
-    spared: float = 0   # FLOP that such a forward spares
 
 
 def dit(cfg, B, tokens, b, remat, train=True, layers=None):
@@ -51,7 +50,8 @@ def dit(cfg, B, tokens, b, remat, train=True, layers=None):
     if remat:  # a block keeps its input and, for its gate's gradient, the MLP's output
         inside, kept = kept, FP32 + train * b
         work += inside - kept
-    return Part(linear + attention + text + ends, backward, layers * kept * n * D, work * n * D)
+    time = train * (b < FP32) * FP32 * (cfg.freq_dim + 7 * D) * D  # matrices of the time path, which computes in fp32
+    return Part(linear + attention + text + ends, backward, layers * kept * n * D + time, work * n * D)
 
 
 def discriminator(cfg, depth, taps, B, tokens, b, remat, train=True):
@@ -69,11 +69,10 @@ class Layer(NamedTuple):
     """A layer of the VAE in one pass."""
     flop: float
     state: float        # bytes handed to the next pass
-    back: float         # bytes of its gradient: views, so they hold that of a convolution's whole input
-    kept: float         # bytes for backward, with its input where it needs that
+    kept: float         # bytes for backward: what enters a norm
     work: float         # bytes of gradients at the worst moment of its backward
     passing: float      # bytes at the worst moment without a gradient, when two frames go through at a time
-    spared: float = 0   # FLOP that such a pass spares: of neighbouring outputs' six temporal taps it computes four
+    spared: float = 0   # FLOP that the forward spares: of neighbouring outputs' six temporal taps it computes four
     handed: float = 0   # bytes of all its frames, where the frame rate changes
 
 
@@ -96,28 +95,27 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
     def res(C, O):
         x, y, skip = b * B * C * T * area, b * B * O * T * area, (C != O) * 2 * C * O * B * T * area
         (f1, s1, in1), (f2, s2, in2) = conv(C, O), conv(O, O)
-        # Its input, what enters each convolution, the first one's output, lengths of two norms.
-        kept = x + in1 + y + in2 + 2 * b * B * T * area
-        work = max(y + in2, (3 + 4 / T) * y - in2)            # at the last convolution; at its norm, frame by frame
+        kept = x + y + 2 * b * B * T * area                   # its input, the first convolution's output, their lengths
+        work = 2 * y + in2                                    # at the last convolution
         passing = (x + y) * part() + b * O * B * (2 + min(T, 2)) * area
-        return Layer(f1 + f2 + skip, s1 + s2, in1 + in2, kept, work, passing, spare(f1 + f2))
+        return Layer(f1 + f2 + skip, s1 + s2, kept, work, passing, spare(f1 + f2))
 
     def attention(C):
         x = b * B * C * T * area
-        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 0, 6 * x, 4 * x, 6 * x * part())
+        return Layer(8 * C * C * B * T * area + 4 * C * B * T * area**2, 0, 6 * x, 4 * x, 6 * x * part())
 
     def up(C, temporal):
         nonlocal T, area
-        x, flop, state, kept, spared = b * B * C * T * area, 0, 0, 0, 0
+        x, flop, state, spared = b * B * C * T * area, 0, 0, 0
         if temporal and not first:
-            flop, state, kept = conv(C, 2 * C, taps=3)
+            flop, state, _ = conv(C, 2 * C, taps=3)
             spared, T, x = spare(flop), 2 * T, 2 * x
         elif temporal:
             state = 2 * x
         flop += 2 * 16 * C * (C // 2) * B * T * area
         area *= 4
         passing = 5 * x * (min(T, 4) / T if temporal else part())            # what it gives is twice x
-        return Layer(flop, state, kept, kept + x, 3 * x, passing, spared, 2 * x * temporal)
+        return Layer(flop, state, 0, 3 * x, passing, spared, 2 * x * temporal)
 
     def down(C, temporal):
         nonlocal T, area
@@ -126,15 +124,14 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
         if temporal:
             state, T = b * B * C * area, T if first else T / 2
             flop += (not first) * 2 * 3 * C * C * B * T * area
-        kept = x + (small + state) * (temporal and not first)
         passing = 2 * x * min(T, 2) / T
-        return Layer(flop, state, kept - x, kept, x + small, passing, 0, small * temporal)
+        return Layer(flop, state, 0, x + small, passing, 0, small * temporal)
 
     def end(C, O, normed):
         flop, state, entered = conv(C, O)
         x = b * B * C * T * area
-        kept = entered + normed * (x + b * B * T * area)
-        return Layer(flop, state, entered, kept, entered, (x + entered) * part(), spare(flop))
+        kept = normed * (x + b * B * T * area)
+        return Layer(flop, state, kept, entered, (x + entered) * part(), spare(flop))
 
     middle = lambda: [res(dims[-1], dims[-1]), attention(dims[-1]), res(dims[-1], dims[-1])]
     C = dims[-1] if decoder else cfg.dim
@@ -163,17 +160,18 @@ def coder(cfg, decoder, latents, B, h, w, b, per_pass, remat, first):
     def over(field):  # the sum over layers and passes
         return passes * sum(getattr(x, field) for x in layers) + sum(getattr(x, field) for x in opening)
 
-    flop, state, back = over("flop"), sum(x.state for x in layers), sum(x.back for x in layers)
+    flop, state = over("flop"), sum(x.state for x in layers)
+    forward = flop - over("spared")
     kept = passes * state if remat else over("kept")
     # A pass works from its last layer to its first: what lies behind is freed, what lies ahead is kept.
     ahead, work = 0, 0
     for layer in layers:
         work = max(work, remat * (ahead + layer.kept) + layer.work)
         ahead += layer.kept
-    if remat:  # a recomputed pass makes its state anew; the pass behind it has given back its own
-        work = max(work, ahead + state) + (passes > 1) * max(0, back - state)
+    if remat:  # a recomputed pass makes its state anew
+        work = max(work, ahead + state)
     passing = state + max(layer.passing for layer in layers) + max(layer.handed for layer in layers)
-    return Part(flop, (1 + remat) * flop, kept, work, passing, over("spared"))
+    return Part(forward, flop + remat * forward, kept, work, passing)
 
 
 def flow(cfg, B, frames, H, W, iters, group):
@@ -246,11 +244,8 @@ def updates(cfg, dit_cfg, vae_cfg, raft_cfg, b, samples):
     def vae_of(decoder, latents, B, first):
         return coder(vae_cfg, decoder, latents, B, h, w, b, cfg.latents_per_pass, cfg.remat, first)
 
-    def alone(part):  # FLOP of a forward without gradient
-        return part.forward - part.spared
-
     decode = vae_of(True, cfg.window + (start == 0), B, start == 0)
-    before = alone(vae_of(True, start + 1, B, True)) if start else 0  # latents that only make the state
+    before = vae_of(True, start + 1, B, True).forward if start else 0  # latents that only make the state
     encode = vae_of(False, cfg.window + 1, B, True)
     flows = flow(raft_cfg, B, 1 + 4 * cfg.window, cfg.height, cfg.width, cfg.raft_iters, cfg.raft_group)
     judge = discriminator(dit_cfg, cfg.depth, cfg.taps, B, motion_tokens, b, cfg.checkpointing, False)
@@ -275,11 +270,11 @@ def updates(cfg, dit_cfg, vae_cfg, raft_cfg, b, samples):
     flop, peak = judge.forward + judge.backward, judge.kept + judge.work
     if cfg.latent_gan:
         encode = vae_of(False, f, B, True)
-        flop, peak = flop + alone(encode), max(peak, 3 * FP32 * B * cfg.frames * 64 * h * w + encode.passing)
+        flop, peak = flop + encode.forward, max(peak, 3 * FP32 * B * cfg.frames * 64 * h * w + encode.passing)
     else:
-        flop += before + alone(decode) + 2 * flows.forward
-        flop += alone(both) * (1 + (cfg.r_space == "pixel" and not cfg.no_r))
-        flop += cfg.real_roundtrip * sum(alone(vae_of(x, cfg.window + 1, B, True)) for x in (False, True))
+        flop += before + decode.forward + 2 * flows.forward
+        flop += both.forward * (1 + (cfg.r_space == "pixel" and not cfg.no_r))
+        flop += cfg.real_roundtrip * sum(vae_of(x, cfg.window + 1, B, True).forward for x in (False, True))
         # Channels: real and generated motion and their concatenation; and the clips while the flow is sought.
         peak = max(12 * pixels + peak, 6 * pixels + flows.passing, 15 * pixels + both.passing)
     out["discriminator"] = flop, rollouts + peak

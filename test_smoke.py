@@ -431,6 +431,27 @@ def test_vae_checkpointing_changes_nothing(trainable):
             close(a, b, 1e-5 * b.abs().max())
 
 
+def test_frozen_vae_keeps_half_and_gives_the_same_gradient():
+    net, g = golden_vae()
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+
+    def gradient(trainable):
+        net.requires_grad_(trainable)
+        x, kept = g["video"][:, :, :13, :16, :24].clone().requires_grad_(), {}
+
+        def note(t):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            y = net.decode(net.encode(x, 2, remat=False), 2, remat=False)
+        size = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
+        return torch.autograd.grad(y.square().mean(), x)[0], size
+
+    (ours, size), (plain, plain_size) = gradient(False), gradient(True)
+    close(ours, plain, 1e-5 * plain.abs().max())
+    assert size < 0.6 * plain_size, (size, plain_size)
+
+
 def test_norm_silu_equals_its_plain_twin():
     norm, x = vae.RMSNorm(6).double(), torch.randn(2, 6, 3, 4, dtype=torch.float64, requires_grad=True)
     torch.nn.init.normal_(norm.gamma)

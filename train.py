@@ -109,7 +109,7 @@ class Config:
     order: str = "appendix"         # generator before discriminator; algorithm: after, as Algorithm 1 prints
     # memory against time; the result is the same
     remat: bool = True              # recompute each pass of the VAE in backward
-    latents_per_pass: int = 2       # latents of a pass; 2 need the least at the default window and remat
+    latents_per_pass: int = 3       # latents of a pass; 3 need the least at the default window and remat
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
     shard: int = 0                  # ranks that hold one copy of the parameters; 0: all of a node, 1: a copy each

@@ -76,9 +76,43 @@ def norm_silu(norm, x):
     return [NormSiLU.apply(frame, norm.gamma) for frame in x]
 
 
+class Affine(torch.autograd.Function):
+    """run(x) of frames x, an affine map with frozen weights, and for the way back the transpose of its matrix.
+
+    It keeps the weights alone; autograd's convolution keeps its input even where they take no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, run, transpose, weight, *x):
+        ctx.transpose = transpose
+        ctx.save_for_backward(weight)
+        return tuple(run(list(x)))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        ctx.saved_tensors  # a checkpoint computes its pass again here, before this layer's gradient lies beside it
+        return None, None, None, *ctx.transpose(grads)
+
+
+def affine(weight, run, transpose, x):
+    """run(x), through Affine where a graph is wanted and the weight is frozen."""
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        return Affine.apply(run, transpose, weight, *x)
+    return run(x)
+
+
 def tap(conv, frame):
     """What a 3-D convolution's last temporal tap, if others see zeros or there are none, makes of a frame."""
     return F.conv2d(frame, conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:])
+
+
+def stack(x):
+    """Frames [B, C, H, W] as [B, C, T, H, W], channels last in memory: one copy."""
+    return torch.stack([frame.movedim(1, 3) for frame in x], dim=1).movedim(4, 1)
+
+
+def unstack(x):
+    return channels_last(x).unbind(2)
 
 
 def time_conv(conv, x):
@@ -88,11 +122,10 @@ def time_conv(conv, x):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
     a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
     """
-    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts. So does
-    # a graph, which would keep the sums of the frames.
+    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts. So do
+    # trainable weights, whose graph would keep the sums of the frames.
     if conv.weight.element_size() < 4 or torch.is_grad_enabled():
-        clip = torch.stack([frame.movedim(1, 3) for frame in x], dim=1).movedim(4, 1)  # channels last, one copy
-        return channels_last(F.conv3d(clip, conv.weight, conv.bias, conv.stride, conv.padding)).unbind(2)
+        return unstack(F.conv3d(stack(x), conv.weight, conv.bias, conv.stride, conv.padding))
     (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
     conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []
     if step == 1 and len(x) > 3:
@@ -127,7 +160,12 @@ def stream(conv, x, last, after):
     x, keep = [*last, *x], len(last)
     del last
     after.append(x[-keep:])
-    return time_conv(conv, x)
+
+    def transpose(y):
+        y = unstack(F.conv_transpose3d(stack(y), conv.weight, None, conv.stride, conv.padding))
+        return *(frame.clone() for frame in y[:keep]), *y[keep:]  # the past's gradients stay: they shall not keep the rest
+
+    return affine(conv.weight, functools.partial(time_conv, conv), transpose, x)
 
 
 class CausalConv(nn.Conv3d):
@@ -181,7 +219,9 @@ class Down(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x, past, after):
-        x = [self.resample["1"](F.pad(frame, (0, 1, 0, 1))) for frame in x]
+        conv = self.resample["1"]
+        x = affine(conv.weight, lambda x: [conv(F.pad(frame, (0, 1, 0, 1))) for frame in x],
+                   lambda y: [F.conv_transpose2d(frame, conv.weight, None, 2)[:, :, :-1, :-1] for frame in y], x)
         last = next(past) if self.time_conv else None
         if last is not None:
             return stream(self.time_conv, x, last, after)
@@ -197,7 +237,8 @@ def upsample_conv(conv, x):
     """
     weight = F.avg_pool2d(conv.weight, 2, stride=1, padding=1, divisor_override=1)  # [out, in, 4, 4]
     weight = weight.flip(2, 3).transpose(0, 1)
-    return [F.conv_transpose2d(frame, weight, conv.bias, stride=2, padding=1) for frame in x]
+    return affine(weight, lambda x: [F.conv_transpose2d(frame, weight, conv.bias, 2, 1) for frame in x],
+                  lambda y: [F.conv2d(frame, weight, None, 2, 1) for frame in y], x)
 
 
 class Up(nn.Module):
