@@ -160,10 +160,14 @@ def stream(conv, x, last, after):
     x, keep = [*last, *x], len(last)
     del last
     after.append(x[-keep:])
+    B, C, H, W = x[0].shape
+    shape = B, C, len(x), H, W
 
     def transpose(y):
-        y = unstack(F.conv_transpose3d(stack(y), conv.weight, None, conv.stride, conv.padding))
-        return *(frame.clone() for frame in y[:keep]), *y[keep:]  # the past's gradients stay: they shall not keep the rest
+        # Channels last for the weights, too: where the input is not at hand, they alone decide the gradient's layout.
+        weight = channels_last(conv.weight)
+        y = unstack(torch.nn.grad.conv3d_input(shape, weight, stack(y), conv.stride, conv.padding))
+        return *(frame.clone() for frame in y[:keep]), *y[keep:]  # copies for the past, which shall not keep the rest
 
     return affine(conv.weight, functools.partial(time_conv, conv), transpose, x)
 

@@ -4,6 +4,7 @@
 #   bash benchmarks/gpu.sh                      # about an hour of an H200; full output in gpu-results/
 #   ONLY=step bash benchmarks/gpu.sh results    # what starts with "step"
 #   SMALL=1 bash benchmarks/gpu.sh              # the same commands at toy sizes on a CPU: do they run?
+#   PEER=../peer bash benchmarks/gpu.sh         # torchvision for flow.py, where it lies apart
 cd "$(dirname "$0")/.." || exit
 out=${1:-gpu-results}
 mkdir -p "$out"
@@ -31,8 +32,8 @@ try step step.py $step
 try step-no-remat step.py $step --no-remat
 try step-all-pairs step.py $step --raft_group 1000
 try step-no-checkpointing step.py $step --no-checkpointing
-try step-one-latent-a-pass step.py $step --latents_per_pass 1
-try step-four-latents-a-pass step.py $step --latents_per_pass 4
+try step-latents-1 step.py $step --latents_per_pass 1
+try step-latents-6 step.py $step --latents_per_pass 6
 try step-whole-clip step.py $step --window $window
 try step-compiled step.py $step --compile
 try step-trace step.py $step --trace 12
@@ -40,4 +41,4 @@ try step-trace step.py $step --trace 12
 try sampling sampling.py $sampling $half
 try dit dit.py $dit $half
 try vae vae.py $vae $half
-try flow flow.py $flow $full
+PYTHONPATH=$PEER try flow flow.py $flow $full
