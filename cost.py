@@ -94,7 +94,7 @@ def vae_layers(cfg, decoder, latents, first, B, h, w, b):
 
     def res(C, O):
         x, y, skip = b * B * C * T * area, b * B * O * T * area, (C != O) * 2 * C * O * B * T * area
-        (f1, s1, in1), (f2, s2, in2) = conv(C, O), conv(O, O)
+        (f1, s1, _), (f2, s2, in2) = conv(C, O), conv(O, O)
         kept = x + y + 2 * b * B * T * area                   # its input, the first convolution's output, their lengths
         work = 2 * y + in2                                    # at the last convolution
         passing = (x + y) * part() + b * O * B * (2 + min(T, 2)) * area
