@@ -156,23 +156,23 @@ class ConvGRU(nn.Module):
                 setattr(self, f"conv{gate}{name}", conv)
 
     def prepare(self, context):
-        """Per GRU: weights of z, r, q on [hidden, motion]; what context adds [N, 3 hidden, h, w]; padding."""
-        passes = []
+        """Per GRU: weights of z and r, and of q, on [hidden, motion]; what context adds to either; padding."""
+        passes, gates = [], [2 * self.split[0], self.split[0]]
         for name in self.names:
             convs = [getattr(self, f"conv{gate}{name}") for gate in "zrq"]
             weight, bias = (torch.cat([getattr(conv, p) for conv in convs]) for p in ("weight", "bias"))
             of_hidden, of_context, of_motion = weight.split(self.split, dim=1)
             share = F.conv2d(context, of_context, bias, padding=convs[0].padding)
-            passes.append((torch.cat([of_hidden, of_motion], dim=1), share, convs[0].padding))
+            weights = torch.cat([of_hidden, of_motion], dim=1).split(gates)
+            passes.append((*weights, *share.split(gates, dim=1), convs[0].padding))
         return passes
 
     def forward(self, hidden, motion, passes):
-        D = hidden.shape[1]
-        for weight, share, padding in passes:
-            gates = F.conv2d(torch.cat([hidden, motion], dim=1), weight[: 2 * D], padding=padding)
-            z, r = gates.add_(share[:, : 2 * D]).sigmoid_().chunk(2, dim=1)
-            q = F.conv2d(torch.cat([r * hidden, motion], dim=1), weight[2 * D :], padding=padding)
-            hidden = hidden.lerp(q.add_(share[:, 2 * D :]).tanh_(), z)
+        for weight_zr, weight_q, share_zr, share_q, padding in passes:
+            zr = F.conv2d(torch.cat([hidden, motion], dim=1), weight_zr, padding=padding)
+            z, r = zr.add_(share_zr).sigmoid_().chunk(2, dim=1)
+            q = F.conv2d(torch.cat([r * hidden, motion], dim=1), weight_q, padding=padding)
+            hidden = hidden.lerp(q.add_(share_q).tanh_(), z)
         return hidden
 
 
@@ -201,9 +201,10 @@ def convex_upsample(flow, mask, stride):
     mask [N, 9 stride^2, h, w]: logits over the nine cells. Cells outside count as zero flow, as in princeton's.
     """
     N, _, h, w = flow.shape
-    weights = mask.view(N, 1, 9, stride**2, h, w).softmax(dim=2)
-    cells = F.unfold(stride * flow, 3, padding=1).view(N, 2, 9, 1, h, w)
-    return F.pixel_shuffle((weights * cells).sum(dim=2).flatten(1, 2), stride)    # [N, 2, H, W]
+    weights = mask.permute(0, 2, 3, 1).unflatten(3, (9, stride**2)).softmax(dim=3)
+    cells = F.unfold(stride * flow, 3, padding=1).view(N, 2, 9, h, w).permute(0, 3, 4, 1, 2)
+    flow = cells @ weights                                                        # [N, h, w, 2, stride^2]
+    return F.pixel_shuffle(flow.flatten(3).permute(0, 3, 1, 2), stride)           # [N, 2, H, W]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
