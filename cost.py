@@ -17,7 +17,7 @@ import vae
 from discriminator import MotionDiscriminator
 
 FP32, GIB = 4, 2**30
-RAFT = {"toy": "toy", "wan1.3b": "large", "wan14b": "large"}
+RAFT_OF = {"toy": "toy", "wan1.3b": "large", "wan14b": "large"}
 
 
 class Part(NamedTuple):
@@ -286,7 +286,7 @@ def resident(cfg, share, b):
     config = model.CONFIGS[cfg.preset]
     with torch.device("meta"):
         net, judge = model.WanDiT(config), MotionDiscriminator(config, cfg.depth, cfg.taps)
-        frozen = vae.WanVAE(vae.CONFIGS[cfg.preset]), raft.RAFT(raft.CONFIGS[RAFT[cfg.preset]])
+        frozen = vae.WanVAE(vae.CONFIGS[cfg.preset]), raft.RAFT(raft.CONFIGS[RAFT_OF[cfg.preset]])
     n, d, block, v, r = (sum(p.numel() for p in x.parameters()) for x in (net, judge, net.blocks[0], *frozen))
     # FSDP gathers a block ahead of the one at work and leaves the four roots gathered; in one piece that is all.
     unit, gathered = block, 2 * block + 4 * (n - len(net.blocks) * block)
@@ -309,7 +309,7 @@ def plan(cfg, ranks, share):
     b = 2 if cfg.dtype == "bf16" or cfg.dtype == "auto" and cuda else 4
     samples = math.ceil(cfg.batch / ranks)
     clips = samples * math.ceil(cfg.discriminator_batch / cfg.batch)
-    preset = model.CONFIGS[cfg.preset], vae.CONFIGS[cfg.preset], raft.CONFIGS[RAFT[cfg.preset]]
+    preset = model.CONFIGS[cfg.preset], vae.CONFIGS[cfg.preset], raft.CONFIGS[RAFT_OF[cfg.preset]]
     steps = updates(cfg, *preset, b, samples)
     tflop = {name: flop * (clips if name == "discriminator" else samples) / 1e12
              for name, (flop, _) in steps.items()}

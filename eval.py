@@ -41,8 +41,8 @@ from amt import load_amt
 from model import REPO, WEIGHTS, assign, read_state_dict
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
-from report import QUESTIONS, write_report, write_survey
-from sample import SUFFIXES, open_video, read_frames, read_prompts
+from report import QUESTIONS, read_run, write_report, write_survey
+from sample import SUFFIXES, find_device, open_video, read_frames, read_prompts
 
 FOLDER = REPO / "weights" / "eval"
 FILES = {  # metric: its files in FOLDER, each with the hub repository or the address it comes from
@@ -357,11 +357,12 @@ def score_video(path, row, metrics):
         if row["weights"].get(name) == weights:
             continue
         row["skipped"].pop(name, None)
+        row["scores"].pop(name, None)
         try:
             row["scores"].update(score(read_frames(path), row["fps"]))
-        except ValueError as error:
+            row["weights"][name] = weights
+        except ValueError as error:  # such as too little memory: the next run tries again
             row["skipped"][name] = str(error)
-        row["weights"][name] = weights
     prompt, shape = prompt_of(path)[0], (row["height"], row["width"], row["frames"])
     if "toy" not in row["weights"] and prompt in world.PROMPTS and shape == (world.SIZE, world.SIZE, world.FRAMES):
         row["scores"].update(toy_truth(read_frames(path), prompt))
@@ -603,9 +604,10 @@ def log_of(out, folder):
 
 def evaluate(args):
     """Score the folders, print the tables, write the report; returns the rows of each folder."""
-    folders, labels, device = args.folders, labels_of(args.folders), torch.device(args.device)
+    folders, labels, device = args.folders, labels_of(args.folders), find_device(args.device)
     prompts = set(read_prompts(args.prompts)) if args.prompts else set()
-    videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before any weights load
+    videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before anything is scored
+    curves, rafts = [read_run(path) for path in args.run], load_rafts(args.raft, args.weights, device)
     metrics = load_metrics(args.metrics, args.weights, not args.no_download, device)
     rows = [score_folder(paths, metrics, log_of(args.out, folder)) for paths, folder in zip(videos, folders)]
     found, columns = tables(labels, rows)
@@ -619,8 +621,8 @@ def evaluate(args):
     names = "motion_smoothness dynamic_degree aesthetic_quality imaging_quality"
     print("The official VBench on the same files (for VBench's own prompts, --mode vbench_standard):")
     print(f'    vbench evaluate --videos_path "{folders[0]}" --mode custom_input --dimension "{names}"')
-    rafts = load_rafts(args.raft, args.weights, device)
-    path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, args.run, args.embed_mb)
+    path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows,
+                        dict(zip(args.run, curves)), args.embed_mb)
     print(f"report: {path}")
     return rows
 
@@ -660,7 +662,7 @@ def main(argv=None):
             print(f"survey of {len(pairs)} pairs: {path}")
         else:
             evaluate(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"eval.py: {error}") from None
 
 

@@ -68,15 +68,12 @@ def shift_time(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def few_step_times(steps=(1000, 757, 522), shift=8.0, warp=False):
+def few_step_times(steps=(1000, 757, 522), shift=8.0):
     """The sampler's (t, sigma) pairs: t is what the network is told, sigma what the noise level is.
 
-    steps: network timesteps in 0..1000. warp=False: they are used as they stand, and sigma is the nearest
-    level of the shifted 1000-step grid (for 1000, 757, 522 at shift 8: 1, 28/37, 12/23). warp=True: they index
-    that grid (Self-Forcing).
+    steps: network timesteps in 0..1000, used as they stand; sigma is the nearest level of the shifted 1000-step
+    grid (for 1000, 757, 522 at shift 8: 1, 28/37, 12/23).
     """
-    if warp:
-        return [(shift_time(s / 1000, shift), shift_time(s / 1000, shift)) for s in steps]
     grid = shift_time(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift)
     return [(s / 1000, grid[(grid - s / 1000).abs().argmin()].item()) for s in steps]
 
@@ -323,8 +320,8 @@ def find_weights(path, what="weights"):
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         from huggingface_hub import snapshot_download
         try:
-            kinds = ["*.json", "*.safetensors", "*.pt", "*.pth"]
-            path = Path(snapshot_download(str(path), allow_patterns=kinds))
+            kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
+            path = Path(snapshot_download(str(path), allow_patterns=kinds, ignore_patterns=other))
         except Exception as error:  # offline, misspelt, gated: to the caller each is a missing file
             raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none "
                              f"({type(error).__name__})") from None
@@ -363,7 +360,9 @@ def read_state_dict(path, entry=None):
         raise
     except Exception as error:
         raise ValueError(f"expected a weights file, got {path}, which cannot be read "
-                         f"({type(error).__name__}): fetch it again, it may be cut short") from None
+                         f"({type(error).__name__}): it may be cut short, or hold more than tensors") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
     dicts = [name for name, value in state.items() if isinstance(value, dict)]
     if entry and dicts and entry not in dicts:
         raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
@@ -499,7 +498,8 @@ class TextEncoder:
     @torch.no_grad()
     def rows(self, prompt):
         """[len, text_dim] of one prompt, its true tokens only."""
-        ids = self.tokenize(clean_prompt(prompt))[: self.text_len]
+        ids = self.tokenize(clean_prompt(prompt))
+        ids = ids if len(ids) <= self.text_len else ids[: self.text_len - 1] + ids[-1:]  # the end of text stays
         ids = torch.tensor([ids], device=self.model.shared.weight.device)
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
 

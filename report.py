@@ -157,12 +157,11 @@ def svg(title, curves, width=320, height=150):
 
 
 def curves_html(runs):
-    """Charts of every number the runs logged, one chart a name, one colour a run; nothing if there are no runs."""
+    """Charts of every number of {path: read_run(path)}, one chart a name, one colour a run; nothing without runs."""
     if not runs:
         return ""
-    read = [read_run(path) for path in runs]
-    names = list(dict.fromkeys(itertools.chain(*read)))
-    charts = "".join(svg(name, [run.get(name, []) for run in read]) for name in names)
+    names = list(dict.fromkeys(itertools.chain(*runs.values())))
+    charts = "".join(svg(name, [run.get(name, []) for run in runs.values()]) for name in names)
     key = "".join(f'<span class="key run{i % 6}">{html.escape(str(path))}</span>' for i, path in enumerate(runs))
     return f'<section><h2>Training</h2><p>{key}</p><div class="charts">{charts}</div></section>'
 
@@ -215,8 +214,11 @@ def shown_scores(cell, columns):
     return {name: round(cell["scores"][metric], 4) for metric, name in columns.items() if metric in cell["scores"]}
 
 
-def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_rows=50, runs=(), embed_mb=64.0):
-    """Write out/report.html. folders: scored rows of eval.py; columns: {metric: name}; rafts: see draw_row."""
+def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_rows=50, runs=None, embed_mb=64.0):
+    """Write out/report.html.
+
+    folders: scored rows of eval.py; columns: {metric: name}; rafts: see draw_row; runs: see curves_html.
+    """
     ranked = rank(match_rows(folders), columns)
     budget, blobs, rows = embed_mb * 1e6, [], []
     for i, (difference, prompt, index, cells) in enumerate(tqdm(ranked, desc="report", disable=None)):

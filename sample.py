@@ -28,8 +28,8 @@ from av.video.reformatter import Interpolation
 from safetensors import safe_open
 from tqdm import tqdm
 
-from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, load_dit, sample_noise,
-                   shift_time)
+from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, find_weights, load_dit,
+                   sample_noise, shift_time)
 from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
 from vae import load_vae
 
@@ -326,7 +326,7 @@ def parse_flags(argv):
     flag("--seed", type=int, default=0)
     flag("--out", help="file of the one video, written anew each time; default sample.mp4")
     flag("--out_dir", help="folder of several, those that are there are kept; default samples")
-    flag("--flow", action="store_true", help="also write flow/NAME.flow.mp4, the clip beside its optical flow")
+    flag("--flow", action="store_true", help="also write OUT_DIR-flow/NAME.flow.mp4, clip beside flow")
     flag("--preset", default="auto", choices=["auto", *SAMPLING], help="auto: wan1.3b where there is CUDA, else toy")
     flag("--height", type=int, help="pixels, divisible by 16")
     flag("--width", type=int, help="pixels, divisible by 16")
@@ -349,10 +349,21 @@ def parse_flags(argv):
 
 
 def header(path):
-    """String metadata of a .safetensors file; nothing for other layouts, which carry none."""
-    with contextlib.suppress(Exception), safe_open(path, "pt") as file:
+    """String metadata of a .safetensors file, or of the one in a folder; nothing for layouts that carry none."""
+    with contextlib.suppress(Exception), safe_open(find_weights(path), "pt") as file:
         return file.metadata() or {}
     return {}
+
+
+def find_device(name):
+    """The torch device of that name; ValueError if this machine has none, or none that the networks run on."""
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"expected a --device of this machine, got {name} ({str(error)[:60]} ...)") from None
+    if device.type not in ("cpu", "cuda"):  # others lack float64 or complex numbers
+        raise ValueError(f"expected --device cpu or cuda, got {name}")
+    return device
 
 
 def resolve(args):
@@ -371,10 +382,7 @@ def resolve(args):
         raise ValueError(f"expected --frames 1 + 4k (17, 49, 81), got {args.frames}: try {near}")
     if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
         raise ValueError(f"expected --height and --width divisible by 16, got {args.height} x {args.width}")
-    try:
-        device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"expected a --device of this machine, got {args.device} ({str(error)[:60]} ...)") from None
+    device = find_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     for key in ("num_videos", "batch_size", "fps", "steps", "shift"):
@@ -391,7 +399,8 @@ def choose_generator(args):
     meta = header(student)
     sampler = json.loads(meta.get("sampler", "{}"))  # what train.py distilled it for
     args.timesteps = sampler.get("timesteps", args.timesteps)
-    args.steps = args.steps or (TEACHER_STEPS if student == args.weights else len(args.timesteps))
+    base = student.resolve() == args.weights.resolve()
+    args.steps = args.steps or (TEACHER_STEPS if base else len(args.timesteps))
     args.teacher = args.steps > len(args.timesteps)
     if args.teacher and not args.generator:
         student, meta, sampler = args.weights, {}, {}
@@ -442,13 +451,13 @@ def is_done(path, comment, flow):
 
 
 def flow_path(path):
-    """Where the flow picture of a video goes: not beside it, where VBench would take it for one more video."""
-    return path.parent / "flow" / f"{path.stem}.flow.mp4"
+    """Where the flow picture of a video goes: not into its folder, of which VBench takes every entry for a video."""
+    return Path(f"{path.parent}-flow" if path.parent.name else "flow") / f"{path.stem}.flow.mp4"
 
 
 def load_networks(args, prompts):
     """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
-    base = args.generator == str(args.weights)
+    base = Path(args.generator).resolve() == args.weights.resolve()
     if not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
         raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
                          f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
@@ -461,7 +470,9 @@ def load_networks(args, prompts):
 
 
 def load_flow(args):
-    """RAFT for --flow; raises ValueError for frames that are too small for it."""
+    """RAFT for --flow; raises ValueError for frames that are too small or too few for it."""
+    if args.frames < 2:
+        raise ValueError("expected --frames 5 or more with --flow, got 1")
     raft = load_raft(find_raft(args.weights, args.raft), args.device)
     check_size(raft.cfg, args.height, args.width)
     return raft

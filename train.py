@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import cost
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
-from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, add_noise, encode_prompts, few_step,
-                   few_step_times, load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
+from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, add_noise, encode_prompts, few_step, few_step_times, find_weights,
+                   load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
 from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
 from sample import read_prompts, read_video, video_files, write_video
 from vae import load_vae
@@ -67,7 +67,7 @@ class Config:
     steps: int = 800                # full MoGAN cycles (App. B)
     warmup_steps: int = -1          # DMD alone first, to a 3-step start; -1: 600 from the teacher, else 0
     fake_warmup: int = -1           # fake score alone, before all else; -1: 50 for a given student, else 0
-    discriminator_warmup: int = 20  # discriminator heads alone, before the first full cycle
+    discriminator_warmup: int = 20  # fake score and discriminator heads, before the first full cycle
     # optimisation
     batch: int = 16                 # samples of a generator or fake-score update, over all ranks
     discriminator_batch: int = 64   # clips of its update, over all ranks; at most batch * fake_steps
@@ -174,10 +174,12 @@ def resolve(cfg):
         cfg.warmup_steps = begun.get("warmup_steps", 0 if cfg.generator else 600)
     if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
         cfg.fake_warmup = begun.get("fake_warmup", 50 if cfg.generator and not cfg.fake_score else 0)
+    if cfg.no_dmd and not cfg.generator:
+        raise ValueError("expected --generator with --no_dmd, a 3-step student: without DMD the teacher becomes none")
     if cfg.no_dmd:
         cfg.warmup_steps = cfg.fake_warmup = 0
-    for name in begun and ("preset", "ema", "gan_optimizer", "depth", "taps", "fake_warmup", "warmup_steps",
-                           "discriminator_warmup"):
+    for name in begun and ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps",
+                           "fake_warmup", "warmup_steps", "discriminator_warmup"):
         now = json.loads(json.dumps(getattr(cfg, name)))
         then = begun.get(name, now)
         if now != then:
@@ -202,9 +204,13 @@ def check(cfg):
                  "flow_scale", "latents_per_pass", "raft_group", "save_every", "sample_every", "shift"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"expected --{name} above 0, got {getattr(cfg, name)}")
-    for name in "steps", "discriminator_warmup", "workers", "samples", "ema", "shard":
+    for name in "steps", "discriminator_warmup", "workers", "samples", "shard", "ranks":
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"expected --{name} 0 or more, got {getattr(cfg, name)}")
+    if not 0 <= cfg.ema < 1:
+        raise ValueError(f"expected --ema of 0 or more and below 1, got {cfg.ema}")
+    if len(set(cfg.taps)) < len(cfg.taps):
+        raise ValueError(f"expected --taps that differ, got {list(cfg.taps)}")
     steps = list(cfg.timesteps)
     if steps != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] <= 0:
         raise ValueError(f"expected falling --timesteps within 1000 to 1, got {steps}")
@@ -214,7 +220,7 @@ def check(cfg):
     if cfg.frames % 4 != 1 or cfg.frames < 5:
         raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: "
                          f"try {max(5, cfg.frames // 4 * 4 + 1)}")
-    if cfg.height % 16 or cfg.width % 16:
+    if cfg.height % 16 or cfg.width % 16 or min(cfg.height, cfg.width) < 16:
         raise ValueError(f"expected --height and --width divisible by 16, got {size}")
     if not 1 <= cfg.window <= chunks:
         raise ValueError(f"expected --window 1 to {chunks} chunks for {cfg.frames} frames, got {cfg.window}")
@@ -254,8 +260,8 @@ def say(line):
 
 
 def stop(line):
-    """End with one line, said by the first rank or by the one that fails alone."""
-    if rank() == 0 or dist.is_initialized():
+    """End with one line: before the ranks meet said once a node, afterwards by every rank that fails."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
         tqdm.write(f"train.py: {line}", file=sys.stderr)
         sys.stderr.flush()
     if dist.is_initialized() and world() > 1:
@@ -277,7 +283,6 @@ def setup(ranks=0):
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     dist.init_process_group("nccl" if cuda else "gloo")
     ranks = ranks or int(os.environ["LOCAL_WORLD_SIZE"])
     # Parameters are sharded inside a node and replicated across (HSDP): slow links carry gradients only.
@@ -357,7 +362,7 @@ def discriminator_shares(cfg):
 
 def total(values):
     """Sum over ranks of a dict of per-rank sums that each already carry their weights."""
-    stack = torch.stack([value.detach().double().cpu() for value in values.values()]) / world()
+    stack = torch.stack([value.double().cpu() for value in values.values()]) / world()
     stack = stack.to("cuda") if dist.get_backend() == "nccl" else stack
     dist.all_reduce(stack)
     return dict(zip(values, stack.tolist()))
@@ -408,7 +413,7 @@ class RealClips(Dataset):
                 if fps > 0.9 * cfg.fps:  # slower ones would repeat frames: flow that is zero every other time
                     return to_bytes(x), skipped
                 skipped.append(f"{self.files[i]}: has {fps:.3g} frames per second, {cfg.fps} needed")
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 skipped.append(str(error))
         return None, skipped
 
@@ -421,7 +426,7 @@ def to_bytes(x):
 def real_clips(cfg, frames, first, last):
     """Yield this rank's micro-batches of real clips [B, 3, T, H, W], by cycle, decoded ahead of the step.
 
-    A file that cannot be used is named once and passed over; ValueError if none can.
+    A file that cannot be used is named, once a rank, and passed over; ValueError if none can.
     """
     files, told = (video_files(cfg.videos) if cfg.videos else []), set()
     turns = [index for index, _ in discriminator_shares(cfg)]
@@ -451,7 +456,7 @@ def dmd_loss(z0, x0_real, x0_fake):
     CHOICE: Eq. 1 prints the opposite sign, which would raise the KL; DMD (arXiv 2405.14867) descends it.
     """
     grad = (x0_fake - x0_real) / mean((z0 - x0_real).abs()).view(-1, 1, 1, 1, 1)
-    return 0.5 * mean((z0 - (z0 - grad.nan_to_num()).detach()).square())
+    return 0.5 * mean((z0 - (z0 - grad).detach()).square())
 
 
 def fake_loss(v_fake, noise, z0):
@@ -540,7 +545,7 @@ def save_checkpoint(cfg, step, state):
 
 
 def export(cfg, step, net, state, name):
-    """Gather a generator and write it under the official keys as runs/<out>/<name>.safetensors."""
+    """Gather a DiT and write it under the official keys as <out>/<name>.safetensors."""
     full = {}
     for key, value in state.items():
         value = value.full_tensor()
@@ -550,7 +555,7 @@ def export(cfg, step, net, state, name):
         path = Path(cfg.out) / f"{name}.safetensors"
         head = REPO / ".git" / "HEAD"
         ref = head.read_text().split()[-1] if head.exists() else ""
-        commit = (REPO / ".git" / ref).read_text().strip() if (REPO / ".git" / ref).is_file() else ref
+        commit = (REPO / ".git" / ref).read_text().strip() if ref and (REPO / ".git" / ref).is_file() else ref
         save_dit(full, path.with_suffix(".part"), net.cfg, preset=cfg.preset, step=step, commit=commit,
                  sampler=json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift}))
         path.with_suffix(".part").rename(path)
@@ -568,7 +573,7 @@ def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shap
         noise = sample_noise([seed_of("sample", i) for i in index], shape, len(times)).to(device)
         x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1).float()
         for i, prompt, clip in zip(index, chosen, x):
-            if i < 4:
+            if i < min(4, cfg.samples):
                 flow = video_flow(raft, clip[None], cfg.raft_iters)[0]
                 path = Path(cfg.out) / "samples" / f"step-{step:06d}-{i}.mp4"
                 write_video(path, clip_beside_flow(clip, flow), cfg.fps)
@@ -613,6 +618,16 @@ def see(cfg, vae, o):
     return o if cfg.latent_gan else vae.encode(o, cfg.latents_per_pass, cfg.remat)
 
 
+def see_noised(cfg, vae, o, draw):
+    """What it takes of o, and below that of o with the noise of R1 and R2."""
+    seen = see(cfg, vae, o)
+    if cfg.no_r:
+        return seen
+    target = o if cfg.r_space == "pixel" else seen
+    noised = target + cfg.sigma * draw.noise(target.shape[1:], 2).flatten(0, 1).to(o.device)
+    return torch.cat([seen, see(cfg, vae, noised) if cfg.r_space == "pixel" else noised])
+
+
 def trainable(net, flag, part=None):
     """Freeze or free a sharded network, or a part of it."""
     net.reshard()  # a forward without backward leaves the root gathered: the flag would miss its shards
@@ -627,7 +642,7 @@ def tally(sums, name, values, weight):
 
 
 def update(cfg, name, net, optimizer, sums, bad):
-    """Clip and step, on all ranks alike, and return the update's figures.
+    """Clip and step, on all ranks alike, and return the figures of the update of this name.
 
     An update that is not finite is left out and counted in bad; five in a row raise ValueError.
     """
@@ -638,28 +653,32 @@ def update(cfg, name, net, optimizer, sums, bad):
         bad[name] = 0
     else:
         bad[name] = bad.get(name, 0) + 1
-        say(f"left out: an update of {name} with {figures} ({bad[name]} in a row)")
+        say(f"left out: a {name} update with {figures} ({bad[name]} in a row)")
         if bad[name] == 5:
-            raise ValueError(f"five updates of {name} in a row were not finite: lower its learning rate or "
+            raise ValueError(f"five {name} updates in a row were not finite: lower the learning rate or "
                              f"try --dtype fp32; the last checkpoint in {cfg.out} is untouched")
     optimizer.zero_grad(set_to_none=True)
     return figures
 
 
 def train(cfg):
-    # Everything that can be wrong with the input shows before the weights are loaded.
+    # What is wrong with the input shows before anything is loaded.
+    for path in cfg.weights, cfg.generator or cfg.weights, cfg.fake_score or cfg.weights:
+        find_weights(path, "a Wan DiT")
+    find_weights(find_raft(cfg.weights, cfg.raft), "RAFT")
     if cfg.prompts:
         prompts = read_prompts(cfg.prompts)
     else:
         from toy.world import PROMPTS as prompts
     say(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
-    say_warmup(cfg)
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.warmup_steps
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.steps
     saved, last = checkpoints(cfg.out), len(phases)
     start = int(saved[-1].name.split("-")[1]) if saved else 0
     if start > last:
         raise ValueError(f"expected --steps {cfg.steps + start - last} or more, which the run in {cfg.out} has done")
+    if start < cfg.fake_warmup + cfg.warmup_steps:
+        say_warmup(cfg)
     f = 1 + (cfg.frames - 1) // 4
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
     reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, first_real, last)
@@ -751,8 +770,7 @@ def train(cfg):
                     x0_neg = velocity_to_x0(teacher(z_t, t, negative.expand_as(context)), z_t, t)
                     x0_real = x0_pos + cfg.guidance * (x0_pos - x0_neg)
                 tally(sums, "dmd", dmd_loss(z0, x0_real, x0_fake), weight).backward()
-            figures |= update(cfg, "generator", generator, optimizers["generator"], sums, bad)
-            figures["norm_dmd"] = figures.pop("norm_generator")
+            figures |= update(cfg, "dmd", generator, optimizers["generator"], sums, bad)
 
         # 2. Fake score: follow the generator by flow matching.                 Alg. 1 l.8-13, Eq. 3
         for k in range(cfg.fake_steps):
@@ -776,13 +794,12 @@ def train(cfg):
                 trainable(discriminator, False)
                 for index, weight in shares(cfg.batch, cfg.micro_batch):
                     draw = Draw(cfg.seed, step, "gan", index)
-                    o_gen = generated_motion(cfg, vae, raft, rollout(draw)[0], window_start)
-                    logit_gen = judge(see(cfg, vae, o_gen), draw)
+                    z0, _ = rollout(draw)
+                    logit_gen = judge(see(cfg, vae, generated_motion(cfg, vae, raft, z0, window_start)), draw)
                     (cfg.lambda_g * tally(sums, "gan_g", gan_g_loss(logit_gen), weight)).backward()
                 trainable(discriminator, True)
                 optimizer = optimizers["gan" if cfg.gan_optimizer else "generator"]
-                figures |= update(cfg, "generator", generator, optimizer, sums, bad)
-                figures["norm_gan"] = figures.pop("norm_generator")
+                figures |= update(cfg, "gan", generator, optimizer, sums, bad)
 
             # 4. Discriminator: real against generated motion, with R1 and R2.  Alg. 1 l.15-18, Eq. 4, 6-8
             if turn == "discriminator" and phase in ("discriminator_warmup", "mogan"):
@@ -791,17 +808,12 @@ def train(cfg):
                 for z0, (index, weight) in zip(rollouts, discriminator_shares(cfg)):
                     draw = Draw(cfg.seed, step, "judge", index)
                     with torch.no_grad():
-                        o_gen = generated_motion(cfg, vae, raft, z0, window_start)
-                        o_real = real_motion(cfg, vae, raft, next(reals).to(device))
-                        o = torch.cat([o_real, o_gen])
-                        seen, r1, r2 = see(cfg, vae, o), 0, 0
-                        if not cfg.no_r:
-                            target = o if cfg.r_space == "pixel" else seen
-                            noise = draw.noise(target.shape[1:], 2).flatten(0, 1).to(device)
-                            noised = target + cfg.sigma * noise
-                            noised = see(cfg, vae, noised) if cfg.r_space == "pixel" else noised
-                            seen = torch.cat([seen, noised])
+                        # Without names, which would keep the motion tensors, 0.9 GiB, until the next cycle.
+                        seen = see_noised(cfg, vae, torch.cat([
+                            real_motion(cfg, vae, raft, next(reals).to(device)),
+                            generated_motion(cfg, vae, raft, z0, window_start)]), draw)
                     logit_real, logit_gen, *logits_noised = judge(seen, draw).chunk(len(seen) // len(index))
+                    r1 = r2 = 0
                     if not cfg.no_r:
                         r1 = r_loss(logit_real, logits_noised[0], cfg.sigma, cfg.r_form)
                         r2 = r_loss(logit_gen, logits_noised[1], cfg.sigma, cfg.r_form)
@@ -818,7 +830,8 @@ def train(cfg):
             peak["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
-    export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it first
+    if not cfg.no_dmd:
+        export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it first
     say(f"wrote {out / 'generator.safetensors'}")
 
 
@@ -846,7 +859,9 @@ def main(argv=None):
         cfg = parse_flags(argv)
         say(json.dumps(asdict(cfg), ensure_ascii=False))
         dry_run(cfg) if cfg.dry_run else train(cfg)
-    except (ValueError, OSError, CheckpointException) as error:
+    except CheckpointException as error:
+        stop(str(error).splitlines()[-1])
+    except (ValueError, OSError) as error:
         stop(str(error).splitlines()[0])
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -116,15 +116,15 @@ def unstack(x):
 
 
 def time_conv(conv, x):
-    """A 3-D convolution with three temporal taps of frames x, in fp32 without graph as 2-D ones, which empty the list.
+    """A 3-D convolution with three temporal taps of frames x, on a CPU without graph as 2-D ones that empty the list.
 
     Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
     a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
     """
-    # CHOICE: half precision stays with the one convolution, which sums in fp32; here it would round the parts. So do
-    # trainable weights, whose graph would keep the sums of the frames.
-    if conv.weight.element_size() < 4 or torch.is_grad_enabled():
+    # CHOICE: bf16 and, on CUDA, TF32 stay with the one convolution, which sums in fp32; here the parts would be rounded.
+    # So do trainable weights, whose graph would keep the sums of the frames.
+    if conv.weight.element_size() < 4 or conv.weight.is_cuda or torch.is_grad_enabled():
         return unstack(F.conv3d(stack(x), conv.weight, conv.bias, conv.stride, conv.padding))
     (w0, w1, w2), bias, step = conv.weight.unbind(2), conv.bias, conv.stride[0]
     conv2d, y = functools.partial(F.conv2d, padding=conv.padding[1:]), []

@@ -120,7 +120,7 @@ def counted(cfg, nets, device="cpu"):
         setup=lambda *_: (torch.device(device), None), real_clips=lambda *_: itertools.repeat(clip),
         encode_prompts=lambda *_, **__: lambda prompts: torch.zeros(len(prompts), *text),
         trainable=lambda net, flag, part=None: (part or net).requires_grad_(flag))
-    unused = "adamw", "live_state", "export", "save_checkpoint", "sample_clips", "Log"
+    unused = "find_weights", "adamw", "live_state", "export", "save_checkpoint", "sample_clips", "Log"
     replaced |= {name: mock.MagicMock() for name in unused}
     flash, layout = F.scaled_dot_product_attention, vae.channels_last
     if device == "meta":  # there it would fall back to the plain product, and a 3-D convolution forget the layout

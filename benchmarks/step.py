@@ -36,7 +36,7 @@ def random_networks(cfg):
     nets = [WanDiT(dit).init_weights() for _ in range(3)]
     for net in nets:
         torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
-    flow = raft.RAFT(raft.CONFIGS[cost.RAFT[cfg.preset]]).requires_grad_(False)
+    flow = raft.RAFT(raft.CONFIGS[cost.RAFT_OF[cfg.preset]]).requires_grad_(False)
     coder = vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
     judge = train.MotionDiscriminator(dit, cfg.depth, cfg.taps).load_trunk(nets[1])
     for net in (*nets, judge.trunk) * compiled:
@@ -82,6 +82,7 @@ cfg = train.parse_flags([*argv, "--out", tempfile.mkdtemp(), "--generator", "ran
 cfg.prompts = ""
 rows, mark, update = {}, [time.perf_counter()], train.update
 train.load_networks, train.encode_prompts, train.real_clips = random_networks, random_contexts, random_clips
+train.find_weights = lambda *_: None  # nothing is read
 train.update, train.save_checkpoint, train.export = clocked, lambda *_: None, lambda *_: None
 try:
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * CUDA]) if trace else torch.enable_grad() as p:

@@ -250,10 +250,10 @@ def train_vae(steps: int) -> None:
     pool, centre = torch.cat(pool), torch.cat(centre)
     for step in range(header["step"], steps):
         x = vae_batch(pool, centre, step, steps)
-        mean, logvar = vae.moments(x, 4, "none")
+        mean, logvar = vae.moments(x, 4, False)
         logvar = logvar.clamp(-12, 4)
         z = mean + (.5 * logvar).exp() * torch.randn(mean.shape, generator=seeded("vae", step)).to(DEVICE)
-        y, weight = vae.decode(z, 4, "none"), sprite_weight(x, 6.)
+        y, weight = vae.decode(z, 4, False), sprite_weight(x, 6.)
         pixel = ((y - x).abs() + (y - x).square()).mul(weight).mean() / weight.mean()
         kl = .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         probe = net["probe"](z, x)
@@ -464,7 +464,7 @@ def train_decoder(steps: int) -> None:
         truth = clips((60_000_000 + index * CHUNK + pick).tolist(), device=DEVICE)
         z = make_latents(vae, index)["z"][pick].float()
         z = (z + .1 * torch.rand(4, 1, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)).to(DEVICE)
-        y = vae.decode_window(z, start, 2, 4, "none")
+        y = vae.decode_window(z, start, 2, 4, False)
         x = truth.pixels[:, :, :9] if start == 0 else truth.pixels[:, :, 4 * start:4 * start + 9]
         weight = sprite_weight(x, 6.)
         pixel = ((y - x).abs() + (y - x).square()).mul(weight).mean() / weight.mean()
