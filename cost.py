@@ -275,8 +275,8 @@ def updates(cfg, dit_cfg, vae_cfg, raft_cfg, b, samples):
         flop += before + decode.forward + 2 * flows.forward
         flop += both.forward * (1 + (cfg.r_space == "pixel" and not cfg.no_r))
         flop += cfg.real_roundtrip * sum(vae_of(x, cfg.window + 1, B, True).forward for x in (False, True))
-        # Channels: real and generated motion and their concatenation; and the clips while the flow is sought.
-        peak = max(12 * pixels + peak, 6 * pixels + flows.passing, 15 * pixels + both.passing)
+        # Channels: the clip and one motion while the other's flow is sought; both, and as the encoder takes them.
+        peak = max(peak, 6 * pixels + flows.passing, 6 * (1 + b / FP32) * pixels + both.passing)
     out["discriminator"] = flop, rollouts + peak
     return {name: (flop / B, peak) for name, (flop, peak) in out.items()}
 
