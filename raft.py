@@ -201,9 +201,9 @@ def convex_upsample(flow, mask, stride):
     mask [N, 9 stride^2, h, w]: logits over the nine cells. Cells outside count as zero flow, as in princeton's.
     """
     N, _, h, w = flow.shape
-    weights = mask.permute(0, 2, 3, 1).unflatten(3, (9, stride**2)).softmax(dim=3)
-    cells = F.unfold(stride * flow, 3, padding=1).view(N, 2, 9, h, w).permute(0, 3, 4, 1, 2)
-    flow = cells @ weights                                                        # [N, h, w, 2, stride^2]
+    weights = mask.permute(0, 2, 3, 1).unflatten(3, (9, stride**2)).softmax(dim=3)  # [N, h, w, 9, stride^2]
+    cells = F.unfold(stride * flow, 3, padding=1).view(N, 2, 9, h, w)
+    flow = cells.permute(0, 3, 4, 1, 2) @ weights                                 # [N, h, w, 2, stride^2]
     return F.pixel_shuffle(flow.flatten(3).permute(0, 3, 1, 2), stride)           # [N, 2, H, W]
 
 

@@ -7,7 +7,7 @@ computes them again to bound the memory.
 
     pip install --no-deps --target ../peer torchvision==0.28.0    # apart: transformers breaks on one without its operators
     PYTHONPATH=../peer python benchmarks/flow.py
-    export MALLOC_MMAP_THRESHOLD_=$((1<<34)) MALLOC_TRIM_THRESHOLD_=$((1<<34))    # glibc keeps freed memory: no page faults
+    export MALLOC_MMAP_THRESHOLD_=$((1<<34)) MALLOC_TRIM_THRESHOLD_=$((1<<34))    # and again: glibc keeps what is freed
 """
 
 import tempfile
