@@ -356,8 +356,8 @@ def score_video(path, row, metrics):
     for name, (score, weights) in metrics.items():
         if row["weights"].get(name) == weights:
             continue
-        row["skipped"].pop(name, None)
-        row["scores"].pop(name, None)
+        for known in row["weights"], row["scores"], row["skipped"]:
+            known.pop(name, None)
         try:
             row["scores"].update(score(read_frames(path), row["fps"]))
             row["weights"][name] = weights
@@ -607,8 +607,9 @@ def evaluate(args):
     folders, labels, device = args.folders, labels_of(args.folders), find_device(args.device)
     prompts = set(read_prompts(args.prompts)) if args.prompts else set()
     videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before anything is scored
-    curves, rafts = [read_run(path) for path in args.run], load_rafts(args.raft, args.weights, device)
+    runs = {path: read_run(path) for path in args.run}
     metrics = load_metrics(args.metrics, args.weights, not args.no_download, device)
+    rafts = load_rafts(args.raft, args.weights, device)  # after the metrics, whose download may bring one
     rows = [score_folder(paths, metrics, log_of(args.out, folder)) for paths, folder in zip(videos, folders)]
     found, columns = tables(labels, rows)
     for title, table in found:
@@ -621,8 +622,7 @@ def evaluate(args):
     names = "motion_smoothness dynamic_degree aesthetic_quality imaging_quality"
     print("The official VBench on the same files (for VBench's own prompts, --mode vbench_standard):")
     print(f'    vbench evaluate --videos_path "{folders[0]}" --mode custom_input --dimension "{names}"')
-    path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows,
-                        dict(zip(args.run, curves)), args.embed_mb)
+    path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, runs, args.embed_mb)
     print(f"report: {path}")
     return rows
 

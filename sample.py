@@ -390,6 +390,11 @@ def resolve(args):
             raise ValueError(f"expected --{key} above 0, got {getattr(args, key)}")
 
 
+def is_base(args, path):
+    """Whether a path is the preset's own folder, which holds the base model and no student."""
+    return Path(path).resolve() == args.weights.resolve()
+
+
 def choose_generator(args):
     """Decide args.generator, .steps, .timesteps, .shift and .teacher (which sampler), say so, return its header."""
     exports = (REPO / "runs").glob("*/generator.safetensors")
@@ -399,8 +404,7 @@ def choose_generator(args):
     meta = header(student)
     sampler = json.loads(meta.get("sampler", "{}"))  # what train.py distilled it for
     args.timesteps = sampler.get("timesteps", args.timesteps)
-    base = student.resolve() == args.weights.resolve()
-    args.steps = args.steps or (TEACHER_STEPS if base else len(args.timesteps))
+    args.steps = args.steps or (TEACHER_STEPS if is_base(args, student) else len(args.timesteps))
     args.teacher = args.steps > len(args.timesteps)
     if args.teacher and not args.generator:
         student, meta, sampler = args.weights, {}, {}
@@ -457,8 +461,7 @@ def flow_path(path):
 
 def load_networks(args, prompts):
     """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
-    base = Path(args.generator).resolve() == args.weights.resolve()
-    if not args.weights.exists() and (base or not (args.vae and args.text_encoder)):
+    if not args.weights.exists() and (is_base(args, args.generator) or not (args.vae and args.text_encoder)):
         raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
                          f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
     texts = prompts + [args.negative_prompt] * args.teacher

@@ -619,7 +619,7 @@ def see(cfg, vae, o):
 
 
 def see_noised(cfg, vae, o, draw):
-    """What it takes of o, and below that of o with the noise of R1 and R2."""
+    """What it takes of o, followed in the batch by what it takes of o with the noise of R1 and R2."""
     seen = see(cfg, vae, o)
     if cfg.no_r:
         return seen

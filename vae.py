@@ -122,7 +122,7 @@ def time_conv(conv, x):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
     a * w0 + b * w1 + c * w2 = (a - c) * w0 + m + n   and   b * w0 + c * w1 + d * w2 = (d - b) * w2 + m - n.
     """
-    # CHOICE: bf16 and, on CUDA, TF32 stay with the one convolution, which sums in fp32; here the parts would be rounded.
+    # CHOICE: bf16 and, on CUDA, TF32 stay with the one convolution, which sums in fp32; here parts would be rounded.
     # So do trainable weights, whose graph would keep the sums of the frames.
     if conv.weight.element_size() < 4 or conv.weight.is_cuda or torch.is_grad_enabled():
         return unstack(F.conv3d(stack(x), conv.weight, conv.bias, conv.stride, conv.padding))
