@@ -4,7 +4,7 @@ One figure a sample, their median and the worst: a few samples have ten times th
 speak for all.
 
     python benchmarks/numerics.py                                           # the shipped toy weights
-    python benchmarks/numerics.py --preset wan1.3b --height 480 --width 832 --device cuda
+    python benchmarks/numerics.py --preset wan1.3b --height 480 --width 832 --batch 1 --device cuda
 
 RAFT stays in fp32, as in train.py; what it is given has been through bf16. Random weights would mislead: through a
 random VAE and RAFT the gradient's cosine was 0.80 where the trained toy networks have 0.999.
@@ -20,8 +20,9 @@ from vae import load_vae
 
 args = flags(__doc__, preset="toy", height=64, width=64, batch=16, window=2, depth=4)
 folder = WEIGHTS[args.preset]
-encode = load_text_encoder(folder)
+encode = load_text_encoder(folder, args.device)
 context, motion_context = (encode([text] * args.batch).to(args.device) for text in ("a red circle moving right", PROMPT))
+del encode
 dit, vae = load_dit(folder).requires_grad_(False).to(args.device), load_vae(folder).to(args.device)
 raft = load_raft(find_raft(folder), args.device)
 net = MotionDiscriminator(dit.cfg, args.depth, range(args.depth)).to(args.device).load_trunk(dit).requires_grad_(False)
