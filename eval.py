@@ -35,6 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from amt import load_amt
@@ -276,11 +277,10 @@ def load_metrics(names, folder, download, device):
     for name in names:
         try:
             paths = [fetch(file, source, folder, download) for file, source in FILES[name].items()]
-        except ValueError as error:
-            print(f"{COLUMNS[name]}: left out, {error}")
-            continue
-        # The id is kept with every score: other weights, and the score is computed anew.
-        out[name] = load_metric(name, paths, device), " ".join(f"{p.name}:{p.stat().st_size}" for p in paths)
+            # The id is kept with every score: other weights, and the score is computed anew.
+            out[name] = load_metric(name, paths, device), " ".join(f"{p.name}:{p.stat().st_size}" for p in paths)
+        except (ValueError, OSError, SafetensorError) as error:
+            print(f"{COLUMNS[name]}: left out, {str(error).splitlines()[0]}")
     return out
 
 

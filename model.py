@@ -17,11 +17,13 @@ import json
 import math
 import re
 import time
+import unicodedata
 import uuid
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -338,8 +340,14 @@ def find_weights(path, what="weights"):
     return path
 
 
+# AMT's file has its optimizer beside the weights; learning rates are numpy scalars there, which torch.load refuses
+# unless they are allowed, under the names of numpy 1 and 2.
+NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
+                *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
 def read_state_dict(path, entry=None):
-    """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (tensors only).
+    """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (no other objects).
 
     entry: the part of a training checkpoint (CausVid, Self-Forcing) to prefer to its EMA or plain generator.
     Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
@@ -355,7 +363,8 @@ def read_state_dict(path, entry=None):
                 state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         else:
             mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 (RAFT's) are plain streams
-            state, meta = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), {}
+            with torch.serialization.safe_globals(NUMPY_SCALAR):
+                state, meta = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), {}
     except ValueError:
         raise
     except Exception as error:
@@ -474,10 +483,19 @@ T5_KEYS = [  # official UMT5 encoder file -> transformers
 UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24,
                 feed_forward_proj="gated-gelu")
 
+FULL_WIDTH = 0x3000, *range(0xFF01, 0xFFF0)
+LIGATURES = 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)
+PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for code in FULL_WIDTH + LIGATURES}  # for str.translate
+PLAIN |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+
 
 def clean_prompt(prompt):
-    """Wan's whitespace cleaning. CHOICE: without ftfy, a package that only mends wrongly decoded text."""
-    return " ".join(html.unescape(html.unescape(prompt)).split())
+    """Wan's cleaning: plain quotes, widths and letters, no HTML entities, single spaces.
+
+    CHOICE: this is what ftfy, with which Wan begins, does to sound text; wrongly decoded text is left as it is.
+    """
+    prompt = unicodedata.normalize("NFC", html.unescape(html.unescape(prompt)).translate(PLAIN))
+    return " ".join(prompt.split())
 
 
 def pad_context(rows, text_len):
@@ -512,12 +530,23 @@ def words_to_ids(prompt, vocab):
     return [vocab.get(word, 2) for word in re.findall(r"\w+", prompt.lower())] + [1]
 
 
+def load_tokenizer(folder):
+    """str -> ids as tokenizer.json has it: transformers 5 builds T5's anew, with other ids for unknown characters."""
+    from tokenizers import Tokenizer
+    file = Path(folder) / "tokenizer.json"
+    if not file.exists():
+        raise ValueError(f"expected UMT5's tokenizer at {file}: no such file")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding(), tokenizer.no_truncation()
+    return lambda prompt: tokenizer.encode(prompt).ids
+
+
 def load_text_encoder(path, device="cpu"):
     """The text encoder of a preset's folder: the toy's, Wan's official file, or diffusers' `text_encoder/`.
 
     The full-size one runs on `device` in bf16, as Wan's does. Raises ValueError naming the missing files.
     """
-    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
     path = Path(path)
     toy, official = path / "text.safetensors", path / "models_t5_umt5-xxl-enc-bf16.pth"
     if toy.exists():
@@ -528,11 +557,11 @@ def load_text_encoder(path, device="cpu"):
         state = {key: value.float() for key, value in state.items()}
     elif official.exists():
         state, config, text_len = rename(read_state_dict(official)[0], T5_KEYS), UMT5_XXL, 512
-        tokenize = AutoTokenizer.from_pretrained(path / "google" / "umt5-xxl").encode
+        tokenize = load_tokenizer(path / "google" / "umt5-xxl")
     elif (path / "text_encoder" / "config.json").exists():
         state = read_state_dict(path / "text_encoder")[0]
         config, text_len = UMT5Config.from_pretrained(path / "text_encoder").to_dict(), 512
-        tokenize = AutoTokenizer.from_pretrained(path / "tokenizer").encode
+        tokenize = load_tokenizer(path / "tokenizer")
     else:
         raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
                          "text_encoder/")
@@ -555,7 +584,7 @@ def encode_prompts(prompts, path, cache, device="cpu", wait=False):
     """
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
-    kinds = "text.safetensors", "models_t5*.pth", "text_encoder/*"
+    kinds = "text.safetensors", "models_t5*.pth", "text_encoder/*", "google/umt5-xxl/tokenizer.json", "tokenizer/*.json"
     files = [file for kind in kinds for file in sorted(Path(path).glob(kind))]
     weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
 

@@ -230,7 +230,7 @@ def video_files(folder):
 def read_prompts(path):
     """The lines of a text file less blanks and # comments; ValueError, naming it, if it is missing, binary or empty."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"expected a text file with one prompt a line, got {path} ({type(error).__name__})") from None
     prompts = [line for line in lines if line and not line.startswith("#")]
