@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from model import Attention, WanDiT
 
-PROMPT = "a video with good motion"  # paper App. A; CHOICE: no full stop, as in one of its two places
+PROMPT = "a video with good motion"  # paper App. A; CHOICE: no full stop, as in one of its two mentions
 
 
 def motion_tensor(flow, scale=16.0):
@@ -44,7 +44,7 @@ class PredictionHead(nn.Module):
         dtype = self.token.dtype
         x = F.layer_norm(x, x.shape[-1:], self.norm.weight.float(), self.norm.bias.float()).to(dtype)
         token = self.token + self.attn(self.token.expand(len(x), -1, -1), x)      # [B, 1, D]
-        return (token + self.mlp(self.norm_mlp(token))).sum(dim=1)                # [B, D], not a view for FSDP
+        return (token + self.mlp(self.norm_mlp(token))).sum(dim=1)                # [B, D]; no squeeze: see below
 
 
 class MotionDiscriminator(nn.Module):
@@ -71,7 +71,8 @@ class MotionDiscriminator(nn.Module):
             x = block(x, e0, context, rope)
             if i in self.taps:
                 tokens.append(next(heads)(x))
-        return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)  # no view: FSDP's hooks mistrust those
+        # Sums over one element, here and in the heads, where squeeze would give views, which FSDP's hooks mistrust.
+        return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)
 
     def load_trunk(self, dit):
         """Copy the trunk from a WanDiT at least as deep and return self; the heads stay as they are."""

@@ -9,8 +9,8 @@ Motion smoothness, dynamic degree, aesthetic and imaging quality equal those of 
 on the same files; the motion score is the mean of the first two. All run in fp32, where VBench on a GPU runs CLIP
 in fp16. Files are named {prompt}-{i}.mp4, as sample.py --out_dir names them.
 
-Weights are looked for in weights/eval, under the names in FILES, and downloaded by name if a network is there. A
-metric whose weights are missing is left out and says so. AMT-S's weights are CC BY-NC 4.0; MUSIQ's come from a port
+Weights are looked for in weights/eval, under the names in FILES, and downloaded if the machine is online. A metric
+whose weights are missing is left out with a message. AMT-S's weights are CC BY-NC 4.0; MUSIQ's come from a port
 for non-commercial use.
 
 Prompts: VBench's are in github.com/Vchitect/VBench, prompts/prompts_per_dimension: subject_consistency.txt (72) for
@@ -30,6 +30,7 @@ import os
 import re
 import socket
 import statistics
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ FILES = {  # metric: its files in FOLDER, each with the hub repository or the ad
 }
 COLUMNS = {"smoothness": "smoothness", "dynamic": "dynamics", "motion": "motion score", "aesthetic": "aesthetic",
            "imaging": "imaging"}
-TOY = {  # toy/world.py `score`, and what it leaves to us; exact because the renderer's rules are known
+TOY = {  # figures of `score` in toy/world.py and of `toy_truth`; exact because the renderer's rules are known
     "colour": "right colour", "shape": "right shape", "direction": "right direction",
     "one_blob": "one blob in every frame", "iou": "IoU with the ideal outline",
     "net_speed": "net speed, px/frame", "path_speed": "path speed, px/frame", "jitter": "jitter, px/frame²",
@@ -68,7 +69,7 @@ PAPER = [  # what the text (Sec. 6.1) of arXiv 2511.21592v1 states of Table 1; t
     ("VBench", "Wan2.1-T2V-1.3B, 50 steps", {"dynamic": .83}),
     ("VBench", "DMD, 3 steps", {"smoothness": .988, "dynamic": .73, "motion": .859}),
     ("VBench", "MoGAN, 3 steps", {"smoothness": .986, "dynamic": .96, "motion": .973}),
-    ("VideoJAM-Bench", "DMD, 3 steps (sic)", {"dynamic": .81, "motion": .830}),  # it would take a smoothness of .850
+    ("VideoJAM-Bench", "DMD, 3 steps (sic)", {"dynamic": .81, "motion": .830}),  # this would take a smoothness of .850
     ("VideoJAM-Bench", "MoGAN, 3 steps", {"dynamic": .98, "motion": .983}),
 ]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -501,7 +502,7 @@ def tables(labels, folders):
 
 
 def skipped_lines(labels, folders):
-    """One line a reason: files left out, and metrics that could not be taken of some files."""
+    """One line per reason: files left out, and metrics that could not be taken of some files."""
     lines = []
     for label, rows in zip(labels, folders):
         lines += [f"left out of {label}: {row['error']}" for row in rows if "error" in row]
@@ -525,7 +526,7 @@ def pair_up(videos_a, videos_b):
 
 
 def read_answers(paths):
-    """The answer files of one survey, one a person; ValueError for anything else, and for a person counted twice."""
+    """The answer files of one survey, one per person; ValueError for anything else, and for a person counted twice."""
     files = []
     for path in paths:
         try:
@@ -630,6 +631,7 @@ def evaluate(args):
 def parse(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    parser.error = lambda message: sys.exit(f"eval.py: {message} (eval.py --help lists the flags)")
     add = parser.add_argument
     add("folders", nargs="*", type=Path, help="folders of {prompt}-{i}.mp4; the others are compared with the first")
     add("--prompts", help="score only the prompts in this file, one a line")

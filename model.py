@@ -39,13 +39,13 @@ WEIGHTS = {  # the folder of each preset; the full-size ones are the hub reposit
 }
 # Wan's own negative prompt (Wan-Video/Wan2.1, shared_config.py); DMD teachers were guided with it.
 NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，"
-    "背景人很多，倒着走"
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Flow matching and the few-step sampler
 
 
@@ -81,7 +81,7 @@ def few_step_times(steps=(1000, 757, 522), shift=8.0):
 
 
 def sample_noise(seeds, shape, steps):
-    """Noise of every step of every sample, [steps, B, *shape]; one generator a sample, whatever the batch."""
+    """Noise of every step of every sample, [steps, B, *shape]; one generator per sample, whatever the batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(steps, *shape, generator=g) for g in generators], dim=1)
 
@@ -104,7 +104,7 @@ def few_step(generator, noise, context, times, stop=None):
     return z0
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Wan DiT
 
 
@@ -114,7 +114,7 @@ def linear32(layer, x):
 
 
 def sinusoid(t, dim):
-    """[B] -> [B, dim], cosines first; float64 because 1000 t at bf16 or fp32 steps would move the sample."""
+    """[B] -> [B, dim], cosines first; float64 as in Wan, since angles rounded to fp32 change the sample."""
     freqs = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=t.device) / (dim // 2))
     angles = t.double()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1).float()
@@ -131,10 +131,8 @@ def rope_table(f, h, w, head_dim, device):
     for length, dim in (f, head_dim - 2 * hw), (h, hw), (w, hw):
         freqs = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         axes.append(torch.outer(torch.arange(length, dtype=torch.float64), freqs))
-    grid = []
-    for i, a in enumerate(axes):
-        grid.append(a.view(*(-1 if i == j else 1 for j in range(3)), a.shape[1]).expand(f, h, w, -1))
-    angles = torch.cat(grid, dim=3).reshape(f * h * w, 1, -1)
+    axes = axes[0][:, None, None], axes[1][:, None], axes[2]
+    angles = torch.cat([a.expand(f, h, w, -1) for a in axes], dim=3).reshape(f * h * w, 1, -1)
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64).to(device)
 
 
@@ -202,7 +200,7 @@ class Block(nn.Module):
         return torch.addcmul(*y)
 
     def run(self, x, e0, context, rope):
-        """The stream before the FFN, the FFN's gate, and its output."""
+        """The stream before the FFN, the FFN's gate [B, 1, D] and its output: what the last sum takes."""
         dtype = self.ffn[0].weight.dtype
         modulation = (self.modulation.float() + e0).chunk(6, dim=1)
         shift_sa, scale_sa, gate_sa, shift_ff, scale_ff, gate_ff = modulation
@@ -312,7 +310,7 @@ class WanDiT(nn.Module):
         return self
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Weight files: read any public layout, write the official one
 
 
@@ -349,27 +347,26 @@ NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
 def read_state_dict(path, entry=None):
     """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (no other objects).
 
-    entry: the part of a training checkpoint (CausVid, Self-Forcing) to prefer to its EMA or plain generator.
+    entry: the network to read from a training checkpoint (CausVid, Self-Forcing); default its generator, EMA first.
     Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
     """
     path = find_weights(path)
+    state, meta, shards = {}, {}, []
     try:
         if path.suffix == ".json":
-            state, meta = {}, {}
-            for shard in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-                state.update(read_state_dict(path.parent / shard)[0])
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
         else:
             mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 (RAFT's) are plain streams
             with torch.serialization.safe_globals(NUMPY_SCALAR):
-                state, meta = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap), {}
-    except ValueError:
-        raise
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         raise ValueError(f"expected a weights file, got {path}, which cannot be read "
                          f"({type(error).__name__}): it may be cut short, or hold more than tensors") from None
+    for shard in shards:
+        state.update(read_state_dict(path.parent / shard)[0])
     if not isinstance(state, dict):
         raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
     dicts = [name for name, value in state.items() if isinstance(value, dict)]
@@ -379,6 +376,13 @@ def read_state_dict(path, entry=None):
         if name in dicts:
             return state[name], meta
     return state, meta
+
+
+def save_weights(state, config, path, metadata):
+    """Write tensors to a .safetensors whose header holds the config, as JSON, and the metadata, as strings."""
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
+    save_file(state, path, metadata={"format": "pt", **header})
 
 
 def assign(module, state, source):
@@ -395,8 +399,9 @@ def assign(module, state, source):
     return module
 
 
-# ComfyUI, FSDP1, CausVid, rCM
-PREFIXES = ("model.diffusion_model.", "_fsdp_wrapped_module.", "model.", "net.")
+PREFIXES = [  # of FSDP1; of ComfyUI, CausVid and rCM
+    (r"_fsdp_wrapped_module\.", ""), (r"^(model\.diffusion_model\.|model\.|net\.)+", ""),
+]
 FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
     (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
     (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
@@ -410,7 +415,7 @@ FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
 
 
 def rename(state, rules):
-    """A state dict under the keys that a list of (pattern, replacement) makes of its own."""
+    """A state dict with every (pattern, replacement) applied to its keys, in order."""
     def renamed(key):
         return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
     return {renamed(key): value for key, value in state.items()}
@@ -418,11 +423,7 @@ def rename(state, rules):
 
 def official_dit(state):
     """A DiT state dict of any public layout under the official keys."""
-    def strip(key):
-        while key.startswith(PREFIXES):
-            key = key[len(next(p for p in PREFIXES if key.startswith(p))):]
-        return key
-    state = {strip(key).replace("_fsdp_wrapped_module.", ""): value for key, value in state.items()}
+    state = rename(state, PREFIXES)
     if "condition_embedder.time_proj.weight" in state:
         state = rename(state, FROM_DIFFUSERS)
     patch = state.get("patch_embedding.weight")
@@ -457,15 +458,11 @@ def load_dit(path, config=None, dtype=torch.float32, entry=None):
 
 
 def save_dit(net, path, config=None, **metadata):
-    """Write a WanDiT, or a state dict and config, under the official keys; the rest goes into the header."""
-    state = net if isinstance(net, dict) else net.state_dict()
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    config = json.dumps(asdict(config or net.cfg))
-    metadata = {key: str(value) for key, value in metadata.items()}
-    save_file(state, path, metadata={"format": "pt", "config": config, **metadata})
+    """Write a WanDiT, or a state dict and config, under the official keys; metadata goes into the header."""
+    save_weights(net if isinstance(net, dict) else net.state_dict(), config or net.cfg, path, metadata)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Text
 
 
@@ -499,7 +496,7 @@ def clean_prompt(prompt):
 
 
 def pad_context(rows, text_len):
-    """[len, text_dim] -> [text_len, text_dim] with zero rows, as Wan pads, not the encoder's output."""
+    """[len, text_dim] -> [text_len, text_dim]: zero rows at the end, as in Wan, not what UMT5 makes of padding."""
     return F.pad(rows[:text_len], (0, 0, 0, text_len - len(rows[:text_len])))
 
 
@@ -576,7 +573,7 @@ def load_text_encoder(path, device="cpu"):
 
 
 def encode_prompts(prompts, path, cache, device="cpu", wait=False):
-    """Encode every prompt once into `cache`, one file a prompt and encoder; return their reader.
+    """Encode every prompt once into `cache`, one file per prompt and encoder; return their reader.
 
     The reader maps list[str] -> context [B, text_len, text_dim] as a TextEncoder does, without holding one
     (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing. Files appear whole, so that several

@@ -9,16 +9,15 @@ and inputs are cast to them. Attributes carry the names of princeton-vl/RAFT, so
 import json
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from model import REPO, assign, read_state_dict, rename
+from model import REPO, assign, read_state_dict, rename, save_weights
 
 GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory grows with it, not the result
 
@@ -28,7 +27,7 @@ GROUP = 4  # frames or pairs that share one checkpoint in video_flow; memory gro
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """One batch norm an image: torch's instance norm copies channels-last images into another layout and back."""
+    """One batch norm per image: torch's instance norm copies channels-last images into another layout and back."""
 
     def forward(self, x):
         return torch.cat([F.batch_norm(image, None, None, training=True, eps=self.eps) for image in x.split(1)])
@@ -110,9 +109,9 @@ class Correlation:
         centers = coords.permute(0, 2, 3, 1).contiguous().view(N * h * w, 1, 1, 2)
         windows = []
         for level, (volume, last, window) in enumerate(self.levels):
-            middle = torch.view_as_complex(centers * (2 / 2**level / last) - 1)   # as one number a pair adds faster
+            middle = torch.view_as_complex(centers * (2 / 2**level / last) - 1)   # a pair as one number: faster to add
             points = torch.view_as_real(middle + window)                          # [N h w, 2r+1, 2r+1, 2]
-            with torch.backends.cudnn.flags(enabled=False):  # cuDNN's refuses more than 65535 points of view
+            with torch.backends.cudnn.flags(enabled=False):  # cuDNN's refuses batches of more than 65535
                 windows.append(F.grid_sample(volume, points, align_corners=True).view(N, h, w, -1))
         return torch.cat(windows, dim=3).permute(0, 3, 1, 2)
 
@@ -283,8 +282,8 @@ class RAFT(nn.Module):
     def match(self, fmap1, fmap2, context, iters):
         """Flow [N, 2, H, W] in pixels from the features fnet(image1), fnet(image2) and cnet(image1)."""
         for flow, hidden in self.refine(fmap1, fmap2, context, iters):
-            pass  # only the last flow is upsampled: the mask head costs a seventh of an iteration
-        return self.upsample(flow, hidden)
+            pass
+        return self.upsample(flow, hidden)  # the last alone: the mask head costs a seventh of an iteration
 
     def refine(self, fmap1, fmap2, context, iters):
         """Yield flow [N, 2, h, w] in cells and hidden state after each iteration; `upsample` makes them pixels."""
@@ -294,7 +293,7 @@ class RAFT(nn.Module):
         correlation = Correlation(fmap1, fmap2, self.cfg.levels, self.cfg.radius)
         N, _, h, w = fmap1.shape
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        # Channels last, as all that this flow will meet: one other tensor in a sum or a cat turns the rest around.
+        # Channels last, as is all that this flow meets: one tensor of another layout in a sum or a cat decides for all.
         grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, h, w, 2).permute(0, 3, 1, 2)
         for _ in range(iters):
             flow = flow.detach()  # as in princeton's: the hidden state carries gradients between iterations
@@ -315,6 +314,7 @@ class RAFT(nn.Module):
 
 
 def check_size(cfg, H, W):
+    """Raise ValueError for frames that leave the coarsest correlation level a single cell."""
     if min(H, W) < cfg.min_size:
         raise ValueError(
             f"RAFT with {cfg.levels} correlation levels on {cfg.stride}-px cells needs H, W >= {cfg.min_size}, "
@@ -421,10 +421,9 @@ def load_raft(path, device="cpu"):
 
 def save_raft(net, path, dtype=torch.float32, **metadata):
     """Write a RAFT under princeton's keys, floats as dtype; its config and the metadata go into the header."""
-    state = {key: value.to("cpu", dtype if value.is_floating_point() else None, copy=True).contiguous()
-             for key, value in net.state_dict().items()}
-    header = {"config": json.dumps(asdict(net.cfg)), **{key: str(value) for key, value in metadata.items()}}
-    save_file(state, path, metadata={"format": "pt", **header})
+    state = {key: value.to("cpu", dtype if value.is_floating_point() else None, copy=True)
+             for key, value in net.state_dict().items()}  # copies: a norm with two names is two tensors to safetensors
+    save_weights(state, net.cfg, path, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,19 +484,23 @@ def flow_legend(scale, size):
     return picture
 
 
+def common_scale(flows):
+    """px/frame of full colour for flows [2, T-1, H, W]: their largest 99th percentile, but 0.5 or noise looks fast."""
+    speeds = [torch.hypot(*flow.float()).flatten() for flow in flows]
+    return max(0.5, *(float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}") for speed in speeds))
+
+
 def clip_beside_flow(x, flow, scale=None):
     """A clip x [3, T, H, W] with its flow [2, T-1, H, W] to the right: pixels [3, T, k H, 2 k W] in [-1, 1].
 
-    The last flow is shown twice. scale: px/frame of full colour, default the clip's 99th percentile, at least 0.5
-    so that noise stays pale. Small clips are enlarged by an integer k to 256 px of height or more. The legend stands
-    in the lower right corner. Raises ValueError if the flow does not fit the clip.
+    The last flow is shown twice. scale: px/frame of full colour, default `common_scale` of this flow. Small clips are
+    enlarged by an integer k to 256 px of height or more. The legend stands in the lower right corner. Raises ValueError
+    if the flow does not fit the clip.
     """
     _, T, H, W = x.shape
     if flow.shape != (2, T - 1, H, W):
         raise ValueError(f"expected a flow {[2, T - 1, H, W]} beside a clip {list(x.shape)}, got {list(flow.shape)}")
-    if scale is None:
-        speed = torch.hypot(*flow.float()).flatten()
-        scale = max(0.5, float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}"))
+    scale = scale or common_scale([flow])
     color = torch.cat([flow_to_color(frame, scale) for frame in (*flow.split(1, dim=1), flow[:, -1:])], dim=1)
     zoom = math.ceil(256 / H)
     both = torch.cat([x.float().clamp(-1, 1), color], dim=3)

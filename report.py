@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from model import REPO
-from raft import clip_beside_flow, video_flow
+from raft import clip_beside_flow, common_scale, video_flow
 from sample import read_frames, write_video
 
 PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
@@ -81,12 +81,6 @@ def clip_and_flow(raft, row):
     return x, flow * row["height"] / size[0]
 
 
-def common_scale(flows):
-    """px/frame of full colour for several flows, the largest 99th percentile: one colour means one speed in all."""
-    top = [flow.norm(dim=0).flatten() for flow in flows]
-    return max(0.5, *(float(f"{speed.kthvalue(math.ceil(0.99 * len(speed))).values:.2g}") for speed in top))
-
-
 def draw_row(rafts, cells, folder):
     """Write each cell's clip beside its flow, all on one scale; the paths, in order.
 
@@ -103,7 +97,7 @@ def draw_row(rafts, cells, folder):
     names = [hashlib.md5(key.encode()).hexdigest()[:16] + ".mp4" for key in keys]
     if not all((folder / name).exists() for name in names):
         pictures = [clip_and_flow(raft, cell) for cell in cells]
-        scale = common_scale([flow for _, flow in pictures])
+        scale = common_scale([flow for _, flow in pictures])  # in a row one colour means one speed
         for cell, name, (x, flow) in zip(cells, names, pictures):
             write_video(folder / name, clip_beside_flow(x, flow, scale), cell["fps"])
     return [folder / name for name in names]

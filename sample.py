@@ -5,9 +5,9 @@
     python sample.py --prompt "..." --generator runs/wan1.3b/generator.safetensors --flow
     python sample.py --prompt "..." --preset wan1.3b --steps 50                   the teacher
 
-Up to as many --steps as the student was distilled for, this is the few-step sampler of training; above, the teacher's.
-With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0, repeated prompts
-dropped) has the seed --seed + 100000 p + i, VBench's rule, whatever the batch size.
+With no more --steps than the student was distilled for, this is the few-step sampler of training; with more, the
+teacher's. With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0,
+repeated prompts dropped) has the seed --seed + 100000 p + i, VBench's rule, whatever the batch size.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from vae import load_vae
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
 WAN = dict(height=480, width=832, frames=81, fps=16.0, timesteps=(1000, 757, 522), batch_size=1)
-SAMPLING = {  # what a preset samples by default; timesteps are the student's, shift and guidance of Wan its README's
+SAMPLING = {  # defaults of each preset: timesteps are the student's; Wan's shift and guidance are those of its README
     "toy": dict(**TOY, shift=3.0, guidance=2.0, negative_prompt=""),
     "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0, negative_prompt=NEGATIVE_PROMPT),
     "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT),
@@ -54,7 +54,7 @@ SEEK_MARGIN = 1.0      # seconds; containers seek by decoding time, which runs a
 
 
 def write_video(path, x, fps, comment=""):
-    """Write pixels x [3, T, H, W], clamped to [-1, 1] here and only here, as an H.264 mp4 of `fps` frames per second.
+    """Write pixels x [3, T, H, W], clamped to [-1, 1], as an H.264 mp4 of `fps` frames per second.
 
     The file appears whole or not at all. comment goes into its metadata. Raises ValueError for odd sides.
     """
@@ -64,7 +64,7 @@ def write_video(path, x, fps, comment=""):
     x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"
+    part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"  # prompts make long names
     try:
         encode_h264(part, x.permute(1, 2, 3, 0).contiguous().numpy(), Fraction(fps).limit_denominator(1001), comment)
         part.rename(path)
@@ -153,7 +153,7 @@ def timed_frames(path, container, stream, start):
         origin = (frame.time or 0.0) if origin is None else origin
         time = None if frame.time is None else frame.time - origin
         if time is None or (t is not None and (counted or time <= t)):  # no time stamp, or a repeated one
-            time = seek * start if t is None else t + step
+            time = t + step if t is not None else start if seek else 0.0
         t = time
         if frame.is_corrupt and t >= start - TOLERANCE:
             raise ValueError(f"{path}: the frame at {t:.2f} s is damaged")
@@ -219,7 +219,7 @@ def read_video(path, frames=None, size=None, fps=None, place=0.0):
 
 
 def video_files(folder):
-    """Every video under a folder, sorted, but for the flow pictures beside sample.py's clips; none: ValueError."""
+    """Every video under a folder, sorted, but for sample.py's flow pictures; ValueError if there is none."""
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
     files = [p for p in files if not p.name.endswith(".flow.mp4")]
     if not files:
@@ -324,8 +324,8 @@ def parse_flags(argv):
     flag("--prompts", help="a file, one prompt a line; blank lines and # comments are skipped")
     flag("--num_videos", type=int, default=1, help="videos a prompt")
     flag("--seed", type=int, default=0)
-    flag("--out", help="file of the one video, written anew each time; default sample.mp4")
-    flag("--out_dir", help="folder of several, those that are there are kept; default samples")
+    flag("--out", help="file of a single video, overwritten; default sample.mp4")
+    flag("--out_dir", help="folder of several videos, of which those already there are kept; default samples")
     flag("--flow", action="store_true", help="also write OUT_DIR-flow/NAME.flow.mp4, clip beside flow")
     flag("--preset", default="auto", choices=["auto", *SAMPLING], help="auto: wan1.3b where there is CUDA, else toy")
     flag("--height", type=int, help="pixels, divisible by 16")
@@ -335,7 +335,7 @@ def parse_flags(argv):
     flag("--steps", type=int, help="default: as many as the student has, 50 without a student")
     flag("--shift", type=float, help="of the noise levels; more stays noisy for longer")
     flag("--guidance", type=float, help="of the teacher; 1: none")
-    flag("--negative_prompt", help="of the teacher; default Wan's own, empty in the toy world, which was trained so")
+    flag("--negative_prompt", help="of the teacher; default Wan's own, empty in the toy world as in its training")
     flag("--batch_size", type=int, help="videos at once; changes speed and memory only")
     flag("--weights", help="folder of the preset's weights, default as in README")
     flag("--generator", help="file, folder or hub name; default: newest export in runs/, shipped student, base model")
@@ -349,7 +349,7 @@ def parse_flags(argv):
 
 
 def header(path):
-    """String metadata of a .safetensors file, or of the one in a folder; nothing for layouts that carry none."""
+    """String metadata of a .safetensors file, or of the one in a folder; {} without a path or where there is none."""
     with contextlib.suppress(Exception), safe_open(find_weights(path), "pt") as file:
         return file.metadata() or {}
     return {}
@@ -406,7 +406,7 @@ def choose_generator(args):
     args.timesteps = sampler.get("timesteps", args.timesteps)
     args.steps = args.steps or (TEACHER_STEPS if is_base(args, student) else len(args.timesteps))
     args.teacher = args.steps > len(args.timesteps)
-    if args.teacher and not args.generator:
+    if args.teacher and not args.generator:  # so many steps are meant for the base model
         student, meta, sampler = args.weights, {}, {}
     args.generator = str(student)
     args.shift = args.shift or sampler.get("shift", SAMPLING[args.preset]["shift"])
@@ -420,7 +420,7 @@ def chosen_prompts(args):
     prompts = list(args.prompt) + (read_prompts(args.prompts) if args.prompts else [])
     if not prompts and args.preset == "toy":
         prompts = ["a red circle moving right quickly"]
-    if not all(prompt.strip() for prompt in prompts or [""]):
+    if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError("expected a prompt, got none: --prompt TEXT, or --prompts FILE with one a line")
     return list(dict.fromkeys(prompts))
 

@@ -55,7 +55,7 @@ from vae import load_vae
 GOLDEN = Path(__file__).parent / "golden"
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # model.py
 
 
@@ -159,6 +159,7 @@ def test_wrong_weight_files_are_named(tmp_path):
     save_dit(state, tmp_path / "size.safetensors", replace(TINY, ffn_dim=100))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "size.safetensors").read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "index.json").write_text('{"weight_map": {"a": ')
     torch.save({"some": torch.zeros(2)}, tmp_path / "other.pt")
     for name, message in (("keys", "2 of .*missing head.modulation; unexpected extra"),
                           ("size", r"\[208, 96\], not \[100, 96\]"),
@@ -166,8 +167,8 @@ def test_wrong_weight_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_dit(tmp_path / f"{name}.safetensors")
         assert name in str(error.value) and "\n" not in str(error.value)
-    for name, message in (("text.pt", "cannot be read"), ("other.pt", "expected a Wan DiT"),
-                          ("", "none of diffusion_pytorch_model")):
+    for name, message in (("text.pt", "cannot be read"), ("index.json", "index.json, which cannot"),
+                          ("other.pt", "expected a Wan DiT"), ("", "none of diffusion_pytorch_model")):
         with pytest.raises(ValueError, match=message):
             load_dit(tmp_path / name)
 
@@ -254,7 +255,7 @@ def test_umt5_official_keys_are_those_of_transformers():
     assert model.rename(manifest("official_umt5_xxl_enc"), model.T5_KEYS) == hf
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # discriminator.py
 
 
@@ -295,7 +296,7 @@ def test_gradient_reaches_the_pixels_and_every_parameter():
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # model.py: text
 
 
@@ -347,7 +348,7 @@ def test_prompts_are_cleaned_as_wan_does():
     assert "，" not in clean_prompt(NEGATIVE_PROMPT)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # vae.py
 
 
@@ -581,7 +582,7 @@ def test_vae_refuses_bad_sizes_and_files(tmp_path):
         vae.load_vae(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # raft.py
 
 
@@ -768,7 +769,7 @@ def test_flow_pictures():
         raft.clip_beside_flow(torch.zeros(3, 3, 64, 64), flow[:, :1])
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # sample.py
 
 
@@ -979,7 +980,7 @@ def test_sample_refuses_in_one_line(tmp_path, capsys):
         assert reason in err and err.count("\n") == 1 and err.startswith("sample.py: ")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py
 
 
@@ -1033,7 +1034,7 @@ def killed(ranks, weights, out, flags, after):
     return [process.wait() for process in processes]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py: the losses
 
 
@@ -1098,7 +1099,7 @@ def test_frozen_sharded_net_collects_no_gradient(blocks):
     dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # train.py: whole runs
 
 
@@ -1257,7 +1258,7 @@ def test_cost_model_counts_what_the_updates_hold(flags):
         assert abs(peak - 1) < 0.15 and abs(flop - 1) < 0.05, (update, peak, flop)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # toy/
 
 
@@ -1380,7 +1381,7 @@ def test_shipped_student_follows_its_prompts():
     assert figures["slowly"] < figures["quickly"] - .5
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # eval.py
 
 

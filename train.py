@@ -40,7 +40,7 @@ from sample import read_prompts, read_video, video_files, write_video
 from vae import load_vae
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings. Defaults are the paper's values for wan1.3b; a preset is the list of what differs.
 
 
@@ -52,7 +52,7 @@ class Config:
     # weights: files, folders or hub names
     weights: str = ""               # folder of the preset's weights, default as in README
     generator: str = ""             # 3-step student to start from; default the preset's own, else the teacher
-    fake_score: str = ""            # its own, as a run exports it; default the preset's, else the teacher
+    fake_score: str = ""            # to start from, as a run exports it; default the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
     contexts: str = str(REPO / "runs" / "contexts")  # encoded prompts, shared by runs
     # data
@@ -62,16 +62,16 @@ class Config:
     width: int = 832
     frames: int = 81                # 1 + 4k
     fps: int = 16                   # real videos are resampled to it, so that the frame rate is no cue
-    workers: int = 2                # processes a rank that decode real videos ahead of the step
+    workers: int = 2                # processes per rank that decode real videos ahead of the step
     # length of each phase, in cycles
     steps: int = 800                # full MoGAN cycles (App. B)
     warmup_steps: int = -1          # DMD alone first, to a 3-step start; -1: 600 from the teacher, else 0
-    fake_warmup: int = -1           # fake score alone, before all else; -1: 50 for a given student, else 0
+    fake_warmup: int = -1           # fake score alone, at first; -1: 50 for a student without --fake_score, else 0
     discriminator_warmup: int = 20  # fake score and discriminator heads, before the first full cycle
     # optimisation
     batch: int = 16                 # samples of a generator or fake-score update, over all ranks
-    discriminator_batch: int = 64   # clips of its update, over all ranks; at most batch * fake_steps
-    micro_batch: int = 1            # samples a rank computes at once; the rest is gradient accumulation
+    discriminator_batch: int = 64   # generated clips, and as many real, of its update; at most batch * fake_steps
+    micro_batch: int = 1            # samples that a rank computes at once; gradients accumulate over its share
     lr_generator: float = 1e-5
     lr_fake_score: float = 1e-5
     lr_discriminator: float = 1e-5
@@ -79,7 +79,7 @@ class Config:
     gan_optimizer: bool = False     # CHOICE: one AdamW; a second for GAN updates changed nothing (toy/README.md)
     beta2: float = 0.999
     weight_decay: float = 0.01
-    clip: float = 10.0              # gradient norm
+    clip: float = 10.0              # largest gradient norm of an update
     ema: float = 0.0                # decay of an averaged generator, exported beside the plain one; 0: none
     dtype: str = "auto"             # compute: bf16, fp32; auto: bf16 on CUDA. Master weights are fp32
     # few-step sampler and distribution matching
@@ -95,7 +95,7 @@ class Config:
     lambda_d: float = 0.5           # lambda_2
     lambda_r1: float = 0.3
     lambda_r2: float = 0.3          # ten times more: less motion, less jitter on the toy world
-    sigma: float = 0.01             # noise of R1 and R2
+    sigma: float = 0.01             # standard deviation of the noise of R1 and R2
     r_form: str = "divided"         # divided: ((D(o) - D(o + noise)) / sigma)^2; printed: Eq. 6-7, no sigma
     r_space: str = "latent"         # where R1 and R2 add noise: encoded flow (latent), motion tensor (pixel)
     window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
@@ -109,11 +109,11 @@ class Config:
     order: str = "appendix"         # generator before discriminator; algorithm: after, as Algorithm 1 prints
     # memory against time; the result is the same
     remat: bool = True              # recompute each pass of the VAE in backward
-    latents_per_pass: int = 3       # latents of a pass; 3 need the least at the default window and remat
+    latents_per_pass: int = 3       # through the VAE at once; 3 take the least memory at the default window and remat
     raft_group: int = 4             # frame pairs that RAFT's backward holds at once
     checkpointing: bool = True      # recompute each DiT block in backward
-    shard: int = 0                  # ranks that hold one copy of the parameters; 0: all of a node, 1: a copy each
-    shard_blocks: bool = True       # gather and reduce block by block; a small network is quicker in one piece
+    shard: int = 0                  # ranks that share one copy of the parameters; 0: those of a node, 1: a copy each
+    shard_blocks: bool = True       # gather and reduce block by block; in one piece is faster for a small network
     # ablations of Table 2
     no_dmd: bool = False
     no_r: bool = False
@@ -123,7 +123,7 @@ class Config:
     sample_every: int = 50          # cycles between sample clips
     samples: int = 4                # how many
     dry_run: bool = False           # print what a run would need, and end
-    ranks: int = 0                  # --dry_run only: pretend so many processes
+    ranks: int = 0                  # --dry_run only: as if there were this many processes
 
 
 PRESETS = {
@@ -165,9 +165,9 @@ def parse_flags(argv):
 def resolve(cfg):
     """Fill in the settings whose default depends on others or on what lies on the disk."""
     cfg.out, cfg.weights = cfg.out or str(REPO / "runs" / cfg.preset), cfg.weights or str(WEIGHTS[cfg.preset])
-    student, score = Path(cfg.weights) / "student.safetensors", Path(cfg.weights) / "fake_score.safetensors"
+    student = Path(cfg.weights) / "student.safetensors"
     if not cfg.generator and student.exists():
-        cfg.generator, cfg.fake_score = str(student), cfg.fake_score or (str(score) if score.exists() else "")
+        cfg.generator = str(student)
     saved = checkpoints(cfg.out)
     begun = json.loads((saved[-1] / "config.json").read_text()) if saved else {}
     if cfg.warmup_steps < 0:
@@ -178,9 +178,9 @@ def resolve(cfg):
         raise ValueError("expected --generator with --no_dmd, a 3-step student: without DMD the teacher becomes none")
     if cfg.no_dmd:
         cfg.warmup_steps = cfg.fake_warmup = 0
-    for name in begun and ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps",
-                           "fake_warmup", "warmup_steps", "discriminator_warmup"):
-        now = json.loads(json.dumps(getattr(cfg, name)))
+    for name in ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps", "fake_warmup",
+                 "warmup_steps", "discriminator_warmup"):
+        now = json.loads(json.dumps(getattr(cfg, name)))  # JSON has made lists of the run's tuples
         then = begun.get(name, now)
         if now != then:
             raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
@@ -215,7 +215,7 @@ def check(cfg):
     if steps != sorted(set(steps), reverse=True) or steps[0] > 1000 or steps[-1] <= 0:
         raise ValueError(f"expected falling --timesteps within 1000 to 1, got {steps}")
     if not 0 <= cfg.t_min < cfg.t_max <= 1:
-        raise ValueError(f"expected 0 <= t_min < t_max <= 1, got {cfg.t_min} and {cfg.t_max}")
+        raise ValueError(f"expected 0 <= --t_min < --t_max <= 1, got {cfg.t_min} and {cfg.t_max}")
     chunks, size = (cfg.frames - 1) // 4, f"{cfg.height} x {cfg.width}"
     if cfg.frames % 4 != 1 or cfg.frames < 5:
         raise ValueError(f"expected --frames 1 + 4k (5, 9, ..., 81), got {cfg.frames}: "
@@ -241,7 +241,7 @@ def check(cfg):
                          f"got {cfg.discriminator_batch}")
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Plumbing: one path for one process or many
 
 
@@ -260,7 +260,7 @@ def say(line):
 
 
 def stop(line):
-    """End with one line: before the ranks meet said once a node, afterwards by every rank that fails."""
+    """End with one line on stderr, said once per node, or, once the process group is up, by every rank that fails."""
     if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
         tqdm.write(f"train.py: {line}", file=sys.stderr)
         sys.stderr.flush()
@@ -274,12 +274,12 @@ def stop(line):
 def setup(ranks=0):
     """Start the process group (one process included); returns the device and the mesh to shard over.
 
-    ranks: how many hold one copy of the parameters between them, 0: those of a node.
+    ranks: how many share one copy of the parameters; 0: those of a node.
     """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
     for key, value in alone.items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", "0" if os.environ["WORLD_SIZE"] == "1" else "29500")
+    os.environ.setdefault("MASTER_PORT", "0" if world() == 1 else "29500")  # 0: any free one
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -300,14 +300,14 @@ def shard(net, mesh, dtype, blocks, checkpointing):
         block.checkpointing = checkpointing
         if blocks:
             fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
-    if dtype and trunk is not net:  # a discriminator: R1 and R2 compare logits that are closer than bf16 resolves
+    if dtype and trunk is not net:  # a discriminator's heads in fp32: bf16 cannot tell the logits of R1 and R2 apart
         for part in *net.heads, net.logit:
             fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(**policy))
     return fully_shard(net, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, **policy))
 
 
 def seed_of(*key):
-    """A seed that is a function of what it is for: resuming, or another number of ranks, draws the same."""
+    """A seed that depends only on what it is for: a resumed run, or another number of ranks, draws the same."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
@@ -322,7 +322,7 @@ class Draw(NamedTuple):
         return [seed_of(self.seed, self.step, self.role, what, i) for i in self.index]
 
     def uniform(self, what):
-        """One number in [0, 1) a sample, [B]."""
+        """One number in [0, 1) per sample, [B]."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(what)]
         return torch.tensor([torch.rand((), generator=g) for g in generators])
 
@@ -331,7 +331,7 @@ class Draw(NamedTuple):
         return sample_noise(self.seeds("noise"), shape, steps)
 
     def renoise(self, shape):
-        """[B, *shape], apart from the above."""
+        """[B, *shape], independent of `noise`."""
         return sample_noise(self.seeds("renoise"), shape, 1)[0]
 
     def choice(self, what, count):
@@ -342,18 +342,18 @@ class Draw(NamedTuple):
 def shares(batch, micro_batch):
     """This rank's micro-batches of a global batch: (sample indices, weights), equally many on every rank.
 
-    Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size
-    over all ranks, which undoes FSDP's mean: the gradient is the global batch's mean, on any number of ranks.
+    Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size over
+    all ranks, as FSDP averages gradients over ranks: the result is the global batch's mean on any number of them.
     """
     each = math.ceil(batch / world())
     mine = [i * world() + rank() for i in range(each)]
     for first in range(0, each, micro_batch):
-        index = mine[first: first + micro_batch]
+        index = mine[first : first + micro_batch]
         yield index, torch.tensor([world() / batch if i < batch else 0.0 for i in index])
 
 
 def discriminator_shares(cfg):
-    """The same for a discriminator update, which takes the fake score's rollouts in their order."""
+    """The same for a discriminator update, whose generated clips are the fake score's rollouts in their order."""
     for k in range(math.ceil(cfg.discriminator_batch / cfg.batch)):
         for index, weight in shares(cfg.batch, cfg.micro_batch):
             used = torch.tensor([k * cfg.batch + i < cfg.discriminator_batch for i in index])
@@ -361,7 +361,7 @@ def discriminator_shares(cfg):
 
 
 def total(values):
-    """Sum over ranks of a dict of per-rank sums that each already carry their weights."""
+    """Means over the global batch, by name, of this rank's weighted sums; weights as in `shares`."""
     stack = torch.stack([value.double().cpu() for value in values.values()]) / world()
     stack = stack.to("cuda") if dist.get_backend() == "nccl" else stack
     dist.all_reduce(stack)
@@ -369,7 +369,7 @@ def total(values):
 
 
 class Log:
-    """One line a cycle on the screen and one JSON object a cycle in log.jsonl; only rank 0 writes."""
+    """One line per cycle on the screen and one JSON object per cycle in log.jsonl; only rank 0 writes."""
 
     def __init__(self, path, start):
         self.path = path
@@ -388,12 +388,12 @@ class Log:
             say(f"{values['step']:5d} " + " | ".join(text))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Real clips, decoded by workers ahead of the step
 
 
 class RealClips(Dataset):
-    """(step, index) -> pixels [3, T, H, W] of a random real clip, or None, and why files were skipped."""
+    """(step, index) -> uint8 [3, T, H, W] of a random real clip, or None, and why files were skipped."""
 
     def __init__(self, cfg, files, frames):
         self.cfg, self.files, self.frames = cfg, files, frames
@@ -406,7 +406,7 @@ class RealClips(Dataset):
             from toy.world import clip
             x = clip(seed, motion_rich=True).pixels[0]
             first = int(place * (x.shape[1] - self.frames + 1))
-            return to_bytes(x[:, first: first + self.frames]), skipped
+            return to_bytes(x[:, first : first + self.frames]), skipped
         for i in torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist():
             try:
                 x, fps = read_video(self.files[i], self.frames, (cfg.height, cfg.width), cfg.fps, place)
@@ -426,7 +426,7 @@ def to_bytes(x):
 def real_clips(cfg, frames, first, last):
     """Yield this rank's micro-batches of real clips [B, 3, T, H, W], by cycle, decoded ahead of the step.
 
-    A file that cannot be used is named, once a rank, and passed over; ValueError if none can.
+    A file that cannot be used is named, once per rank, and passed over; ValueError if none can be used.
     """
     files, told = (video_files(cfg.videos) if cfg.videos else []), set()
     turns = [index for index, _ in discriminator_shares(cfg)]
@@ -442,7 +442,7 @@ def real_clips(cfg, frames, first, last):
         yield torch.stack([x for x, _ in batch]).float().div(127.5).sub(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # The losses. All return one value per sample, [B].
 
 
@@ -482,7 +482,7 @@ def r_loss(logit, logit_noised, sigma, form):
     return ((logit - logit_noised) / (sigma if form == "divided" else 1.0)).square()
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Networks, checkpoints, samples
 
 
@@ -503,7 +503,7 @@ def load_networks(cfg):
 def adamw(net, lr, cfg):
     """AdamW with its state allocated at once, so that a checkpoint has the same tensors at any step.
 
-    Fused: no temporaries, and one operation for FSDP to dispatch, not fifteen, of which each new one takes 0.1 s.
+    Fused: no temporaries, and FSDP dispatches one operation, not fifteen that each take 0.1 s the first time.
     """
     optimizer = torch.optim.AdamW(net.parameters(), lr, (cfg.beta1, cfg.beta2), weight_decay=cfg.weight_decay,
                                   fused=True)
@@ -517,7 +517,7 @@ def live_state(nets, optimizers, ema):
     """Every tensor a resume needs, by name, as views of the live (sharded) ones; loading fills them."""
     state = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
     for name, optimizer in optimizers.items():
-        for key, p in nets[{"gan": "generator"}.get(name, name)].named_parameters():
+        for key, p in nets["generator" if name == "gan" else name].named_parameters():
             slots = optimizer.state[p].items()
             state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in slots})
     return {**state, **{f"ema.{key}": value for key, value in ema.items()}}
@@ -538,7 +538,6 @@ def save_checkpoint(cfg, step, state):
     dist.barrier()
     if rank() == 0:
         (part / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
-        shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
         for old in checkpoints(cfg.out)[:-2]:
             shutil.rmtree(old)
@@ -565,7 +564,7 @@ def export(cfg, step, net, state, name):
 def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape):
     """Sample fixed prompts with fixed seeds; the first four become clips beside their flow under samples/.
 
-    Returns the log entry, with exact scores where truth is known.
+    Returns the log entry, in the toy world with exact scores.
     """
     device, clips = next(generator.parameters()).device, []
     for index, _ in shares(cfg.samples, cfg.micro_batch):
@@ -583,12 +582,11 @@ def sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shap
     from toy.world import score
     everyone = [None] * world()
     dist.all_gather_object(everyone, clips)
-    clips = sorted((c for part in everyone for c in part if c[0] < cfg.samples), key=lambda c: c[0])
-    figures = score(torch.stack([c[2] for c in clips]), [c[1] for c in clips])
-    return {"step": step, "phase": "samples", **figures}
+    _, texts, pixels = zip(*sorted(clip for part in everyone for clip in part if clip[0] < cfg.samples))
+    return {"step": step, "phase": "samples", **score(torch.stack(pixels), texts)}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 
 
@@ -606,20 +604,20 @@ def generated_motion(cfg, vae, raft, z0, start):
 
 def real_motion(cfg, vae, raft, x):
     """o_real of real pixels."""
-    if cfg.latent_gan or cfg.real_roundtrip:
-        z0 = vae.encode(x, cfg.latents_per_pass)
     if cfg.latent_gan:
-        return z0
-    return motion(cfg, raft, vae.decode(z0, cfg.latents_per_pass) if cfg.real_roundtrip else x)
+        return vae.encode(x, cfg.latents_per_pass)
+    if cfg.real_roundtrip:
+        x = vae.decode(vae.encode(x, cfg.latents_per_pass), cfg.latents_per_pass)
+    return motion(cfg, raft, x)
 
 
 def see(cfg, vae, o):
-    """What the discriminator takes of o: its VAE latents."""
+    """o as the discriminator takes it: its VAE latents."""
     return o if cfg.latent_gan else vae.encode(o, cfg.latents_per_pass, cfg.remat)
 
 
 def see_noised(cfg, vae, o, draw):
-    """What it takes of o, followed in the batch by what it takes of o with the noise of R1 and R2."""
+    """Input of a discriminator update: o [2 B, ...], real before generated, encoded; for R1 and R2 again with noise."""
     seen = see(cfg, vae, o)
     if cfg.no_r:
         return seen
@@ -635,14 +633,14 @@ def trainable(net, flag, part=None):
 
 
 def tally(sums, name, values, weight):
-    """Add a micro-batch of per-sample values to the weighted sum under this name; returns what it added."""
+    """Add a micro-batch's weighted values to the sum under this name; returns what was added, with its gradient."""
     part = (values * weight.to(values.device)).sum()
     sums[name] = sums.get(name, 0) + part.detach()
     return part
 
 
 def update(cfg, name, net, optimizer, sums, bad):
-    """Clip and step, on all ranks alike, and return the figures of the update of this name.
+    """Clip the gradient and step, on all ranks alike; returns the figures of the update of this name.
 
     An update that is not finite is left out and counted in bad; five in a row raise ValueError.
     """
@@ -662,7 +660,7 @@ def update(cfg, name, net, optimizer, sums, bad):
 
 
 def train(cfg):
-    # What is wrong with the input shows before anything is loaded.
+    # Bad input should show before anything is loaded.
     for path in cfg.weights, cfg.generator or cfg.weights, cfg.fake_score or cfg.weights:
         find_weights(path, "a Wan DiT")
     find_weights(find_raft(cfg.weights, cfg.raft), "RAFT")
@@ -682,7 +680,8 @@ def train(cfg):
     f = 1 + (cfg.frames - 1) // 4
     first_real = max(start, cfg.fake_warmup + cfg.warmup_steps)
     reals = real_clips(cfg, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, first_real, last)
-    reals = itertools.chain([next(reals)], reals) if first_real < last else reals
+    if first_real < last:
+        reals = itertools.chain([next(reals)], reals)  # the first ones now: there may be no usable video
     device, mesh = setup(cfg.shard)
     out = Path(cfg.out)
     # The text encoder comes first and goes before the rest is loaded; one process a node runs it, the others wait.
@@ -709,10 +708,10 @@ def train(cfg):
         say(f"resumed {saved[-1]}")
 
     times = few_step_times(cfg.timesteps, cfg.shift)
-    shape = (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)
+    shape = (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)  # of a latent clip, [C, f, h, w]
     negative = contexts([cfg.negative_prompt]).to(device)
     motion_context = contexts([PROMPT]).to(device)
-    for net in nets.values():  # FSDP settles its gradient dtype at the first forward: trainable there
+    for net in nets.values():  # FSDP fixes a net's gradient dtype at its first forward, which must not find it frozen
         with torch.no_grad():
             z, t = torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device)
             net(z, t, motion_context)
@@ -721,7 +720,7 @@ def train(cfg):
     def rollout(draw):
         """z0 by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
         context = contexts([prompts[seed % len(prompts)] for seed in draw.seeds("prompt")]).to(device)
-        # CHOICE: one exit step an update: a sharded forward is collective, so all ranks leave together.
+        # CHOICE: one exit step for all samples of an update: ranks must call a sharded network equally often.
         exit_step, noise = draw.choice("exit", len(times)), draw.noise(shape, len(times)).to(device)
         return few_step(generator, noise, context, times, exit_step), context
 
@@ -739,13 +738,14 @@ def train(cfg):
 
     bad, log = {}, Log(out / "log.jsonl", start)
     for step in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
+        # What is due after `step` cycles comes first, so that the turn after the last cycle does nothing else.
         moved = step == start or phases[step - 1] in ("dmd_warmup", "mogan")  # else the clips would be the same
         if cfg.samples and (step == last or moved and step % cfg.sample_every == 0):
             log.write(sample_clips(cfg, step, generator, vae, raft, contexts, prompts, times, shape))
         due = step > start and (step % cfg.save_every == 0 or step == last)
         if due:
             save_checkpoint(cfg, step, state)
-        if due or step == last:
+        if due or step == last:  # also with nothing left to do: the run may have been killed before its export
             export(cfg, step, generator, generator.state_dict(), "generator")
             if ema:
                 export(cfg, step, generator, ema, "generator_ema")
@@ -788,7 +788,7 @@ def train(cfg):
                 figures |= update(cfg, "fake_score", fake_score, optimizers["fake_score"], sums, bad)
 
         for turn in ("generator", "discriminator")[:: 1 if cfg.order == "appendix" else -1]:
-            # 3. Generator: its flow shall look real.                           Alg. 1 l.14-16, 19, Eq. 5
+            # 3. Generator: its flow should look real.                          Alg. 1 l.14-16, 19, Eq. 5
             if turn == "generator" and phase == "mogan":
                 sums = {}
                 trainable(discriminator, False)
@@ -808,7 +808,7 @@ def train(cfg):
                 for z0, (index, weight) in zip(rollouts, discriminator_shares(cfg)):
                     draw = Draw(cfg.seed, step, "judge", index)
                     with torch.no_grad():
-                        # Without names, which would keep the motion tensors, 0.9 GiB, until the next cycle.
+                        # One expression: names would keep the motion tensors, 0.9 GiB, until the next cycle.
                         seen = see_noised(cfg, vae, torch.cat([
                             real_motion(cfg, vae, raft, next(reals).to(device)),
                             generated_motion(cfg, vae, raft, z0, window_start)]), draw)
@@ -831,17 +831,17 @@ def train(cfg):
             torch.cuda.reset_peak_memory_stats()
         log.write({"step": step, "phase": phase, **figures, "seconds": time.time() - began, **peak})
     if not cfg.no_dmd:
-        export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # else a later run must fit it first
+        export(cfg, last, fake_score, fake_score.state_dict(), "fake_score")  # spares a later run its fake_warmup
     say(f"wrote {out / 'generator.safetensors'}")
 
 
 def say_warmup(cfg):
-    """What making the 3-step start costs."""
+    """Tell what making the 3-step start costs, if the run has to."""
     if cfg.warmup_steps:
         _, _, tflop, _ = cost.plan(cfg, 1, 1)
         eflop = cfg.warmup_steps * (tflop["generator, DMD"] + tflop["fake score"]) / 1e6
         say(f"{cfg.warmup_steps} cycles of distribution matching come first: {eflop:.2g} EFLOP, "
-            f"{eflop / 1.44:.2g} GPU-hours at 400 TFLOP/s; --generator STUDENT starts from a 3-step one")
+            f"{eflop * 1e6 / 400 / 3600:.2g} GPU-hours at 400 TFLOP/s; --generator STUDENT starts from a 3-step one")
 
 
 def dry_run(cfg):

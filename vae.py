@@ -10,21 +10,20 @@ Module attributes carry the official checkpoint's names (numbers included), so t
 import functools
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-from model import assign, read_state_dict, rename
+from model import assign, read_state_dict, rename, save_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W], so that time costs no copy. A layer takes its
-# entries of the old state from the iterator `past`, None where a clip starts, and appends those of the new state to
-# the list `after`. An entry is the list of the frames that a temporal convolution saw last.
+# Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W], so that slicing in time copies nothing. A
+# layer takes its entries of the old state from the iterator `past`, None where a clip starts, and appends those of the
+# new state to the list `after`. An entry is the list of the frames that a temporal convolution saw last.
 
 
 def channels_last(x):
@@ -77,7 +76,7 @@ def norm_silu(norm, x):
 
 
 class Affine(torch.autograd.Function):
-    """run(x) of frames x, an affine map with frozen weights, and for the way back the transpose of its matrix.
+    """run(x), an affine map of the frames x with frozen weights; transpose(gradients of y) gives those of x.
 
     It keeps the weights alone; autograd's convolution keeps its input even where they take no gradient.
     """
@@ -90,7 +89,7 @@ class Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        ctx.saved_tensors  # a checkpoint computes its pass again here, before this layer's gradient lies beside it
+        ctx.saved_tensors  # asking makes a checkpoint recompute its pass now, before this layer's gradient takes memory
         return None, None, None, *ctx.transpose(grads)
 
 
@@ -102,7 +101,7 @@ def affine(weight, run, transpose, x):
 
 
 def tap(conv, frame):
-    """What a 3-D convolution's last temporal tap, if others see zeros or there are none, makes of a frame."""
+    """A 3-D convolution of one frame by its last temporal tap: the others see zeros, or there are none."""
     return F.conv2d(frame, conv.weight[:, :, -1], conv.bias, padding=conv.padding[1:])
 
 
@@ -116,7 +115,7 @@ def unstack(x):
 
 
 def time_conv(conv, x):
-    """A 3-D convolution with three temporal taps of frames x, on a CPU without graph as 2-D ones that empty the list.
+    """A convolution of frames x with three temporal taps; in fp32 on a CPU without a graph by 2-D ones, emptying x.
 
     Two neighbouring outputs share two of their inputs, so four products do instead of six (Winograd's F(2, 3)):
     with m = (b + c) * (w0 + w1 + w2) / 2 and n = (c - b) * (w0 - w1 + w2) / 2, of the frames a b c d
@@ -167,7 +166,7 @@ def stream(conv, x, last, after):
         # Channels last for the weights, too: where the input is not at hand, they alone decide the gradient's layout.
         weight = channels_last(conv.weight)
         y = unstack(torch.nn.grad.conv3d_input(shape, weight, stack(y), conv.stride, conv.padding))
-        return *(frame.clone() for frame in y[:keep]), *y[keep:]  # copies for the past, which shall not keep the rest
+        return *(frame.clone() for frame in y[:keep]), *y[keep:]  # copies: a view kept for the past would keep all
 
     return affine(conv.weight, functools.partial(time_conv, conv), transpose, x)
 
@@ -287,17 +286,18 @@ def frame_rates(layers):
 
 
 def handed_over(items):
-    """Iterate over a list while emptying it: an old state is freed as soon as its layer has made the new one."""
+    """Iterate over a list while emptying it, so that nothing but the consumer keeps an item alive."""
     while items:
         yield items.pop(0)
 
 
 def run(layers, x, state):
-    """Advance layers by one chunk: (frames x, state) -> (frames y, state). A pure function.
+    """Advance layers by one chunk: (frames x, state) -> (frames y, state).
 
-    state: one list of frames a causal convolution, in order, or None where a clip starts; handed over without grad.
+    state: one list of frames per causal convolution, in order, or None where a clip starts. A pure function, but that
+    without a gradient it empties the list `state` on the way: an entry is freed once its layer has made the new one.
     """
-    # Without a graph to keep, two frames at a time do, the fewest that every layer takes.
+    # Without a graph, two frames at a time save memory: the fewest that every layer takes.
     grad, new = torch.is_grad_enabled(), []
     past = itertools.repeat(None) if state is None else iter(state) if grad else handed_over(state)
     for layers in frame_rates(layers):
@@ -411,7 +411,7 @@ class WanVAE(nn.Module):
     Computes in the weights' dtype and answers in the input's. Arguments that all methods share:
     latents_per_pass: how many latents (4 frames each) go through at once after the first, which goes alone. The result
         differs by rounding only. More means less overhead for small frames and fewer states kept for the backward
-        pass (one a pass: 1.9 GB of bf16 at 480x832), but more memory for the pass at work.
+        pass (one per pass: 1.9 GB of bf16 at 480x832), but more memory for the pass at work.
     remat: recompute each pass in the backward pass instead of keeping its activations, see `scan`.
     """
 
@@ -561,6 +561,4 @@ def load_vae(path, dtype=torch.float32):
 
 def save_vae(vae, path, **metadata):
     """Write a WanVAE's weights under the official keys; its config and metadata go into the header."""
-    header = {"config": json.dumps(asdict(vae.cfg)), **{key: str(value) for key, value in metadata.items()}}
-    state = {key: value.detach().cpu().contiguous() for key, value in vae.state_dict().items()}
-    save_file(state, path, metadata={"format": "pt", **header})
+    save_weights(vae.state_dict(), vae.cfg, path, metadata)

@@ -27,7 +27,8 @@ def flags(doc, **defaults):
 
 
 def hardware(args):
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), platform.machine())
+    models = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line)
+    cpu = next(models, platform.machine())
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu}, {args.threads} threads"
     return f"{name}, {args.dtype}, torch {torch.__version__}"
 
@@ -41,7 +42,7 @@ def seconds(call, device):
 
 
 def ratios(ours, peer, args):
-    """Time both calls alternately, after one untimed call of each: (median seconds of both, sorted ratios of the pairs)."""
+    """Time both calls alternately, after an untimed call of each: (median seconds of both, sorted ratios of pairs)."""
     ours(), peer()
     pairs = []
     for i in range(args.pairs):

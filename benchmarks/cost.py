@@ -3,7 +3,7 @@
     python benchmarks/cost.py                 # small settings: activation peaks and FLOP, modelled, counted
     python benchmarks/cost.py --full          # the same at 480x832x81 in bf16, on tensors without memory
     python benchmarks/cost.py --table         # README's table: what to rent
-    python benchmarks/cost.py --measure       # growth.json: bytes at full size, seconds of the toy preset, setting by setting
+    python benchmarks/cost.py --measure       # growth.json: bytes at full size, seconds of the toy preset, by setting
     python benchmarks/cost.py --picture       # growth.png: formulas, and these measurements beside them
 
 A cycle of train.train runs as it stands, on one process without FSDP, whose gathered blocks cost.py counts
@@ -214,7 +214,8 @@ CPU = {  # there, and on toy networks
     "processes, one thread each": {n: dict(ranks=n) for n in (1, 2, 4)},
 }
 SMALL = dict(batch=4, discriminator_batch=4)
-COLORS = {"generator, DMD": "#4477aa", "fake score": "#66ccee", "generator, flow GAN": "#ee6677", "discriminator": "#ccbb44"}
+COLORS = {"generator, DMD": "#4477aa", "fake score": "#66ccee", "generator, flow GAN": "#ee6677",
+          "discriminator": "#ccbb44"}
 
 
 def count_bytes():
@@ -232,7 +233,8 @@ def time_cycles():
             flags = {**SMALL, **change, "preset": "toy", "videos": "."}  # so that any size will do; no file is read
             ranks = flags.pop("ranks", NODE)
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks,
-                       Path(__file__).with_name("step.py"), *itertools.chain(*((f"--{k}", v) for k, v in flags.items()))]
+                       Path(__file__).with_name("step.py")]
+            command += itertools.chain(*((f"--{k}", v) for k, v in flags.items()))
             done = subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
             found = re.findall(r"RESULT (.*): ([\d.]+) s an update", done.stdout)

@@ -48,7 +48,8 @@ def compare(what, a, b):
 
 
 print(f"DiT {args.dim}, ffn {args.ffn}, {args.layers} layers, text {ours.cfg.text_len}x{ours.cfg.text_dim}, latents "
-      f"{args.frames}x{args.height}x{args.width}, batch 1, diffusers {diffusers.__version__}; {hardware(args)}", flush=True)
+      f"{args.frames}x{args.height}x{args.width}, batch 1, diffusers {diffusers.__version__}; {hardware(args)}",
+      flush=True)
 with torch.no_grad():
     print(f"relative difference of the outputs {compare('output', call(z), peer(z)):.1e}", flush=True)
     report("dit forward, against diffusers", lambda: call(z), lambda: peer(z), args, "0.95")

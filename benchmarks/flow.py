@@ -5,7 +5,7 @@ our own RAFT pair by pair, which shows what sharing a frame's features and batch
 activations; ours does so too with --group 9, while --group 4, the default of training and of the forward here,
 computes them again to bound the memory.
 
-    pip install --no-deps --target ../peer torchvision==0.28.0    # apart: transformers breaks on one without its operators
+    pip install --no-deps --target ../peer torchvision==0.28.0    # apart: without its operators transformers breaks
     PYTHONPATH=../peer python benchmarks/flow.py
     export MALLOC_MMAP_THRESHOLD_=$((1<<34)) MALLOC_TRIM_THRESHOLD_=$((1<<34))    # and again: glibc keeps what is freed
 """
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from compare import flags, hardware, report
 from raft import GROUP, load_raft, video_flow
 
-if torch.version.cuda is None:  # there the wheel's compiled operators, which RAFT does without, do not load; two are asked for
+if torch.version.cuda is None:  # there the wheel's operators do not load; RAFT needs none, the import asks for two
     stubs = torch.library.Library("torchvision", "DEF")
     for name in "nms", "qnms":
         stubs.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -59,4 +59,5 @@ for name, peer in PEERS.items():
         report(f"video_flow forward, against {name} pair by pair", lambda: ours(x), lambda: peer(x), args, "0.80")
     a, b = grad(ours), grad(peer)
     print(f"gradients: relative difference {(a - b).norm() / b.norm():.1e}")
-    report(f"video_flow with gradient, against {name} pair by pair", lambda: grad(ours), lambda: grad(peer), args, "0.80")
+    what = f"video_flow with gradient, against {name} pair by pair"
+    report(what, lambda: grad(ours), lambda: grad(peer), args, "0.80")

@@ -21,7 +21,8 @@ from vae import load_vae
 args = flags(__doc__, preset="toy", height=64, width=64, batch=16, window=2, depth=4)
 folder = WEIGHTS[args.preset]
 encode = load_text_encoder(folder, args.device)
-context, motion_context = (encode([text] * args.batch).to(args.device) for text in ("a red circle moving right", PROMPT))
+texts = "a red circle moving right", PROMPT
+context, motion_context = (encode([text] * args.batch).to(args.device) for text in texts)
 del encode
 dit, vae = load_dit(folder).requires_grad_(False).to(args.device), load_vae(folder).to(args.device)
 raft = load_raft(find_raft(folder), args.device)

@@ -20,10 +20,12 @@ from model import load_dit
 from sample import decode, teacher_sample
 from vae import load_vae
 
-args = flags(__doc__, dim=384, ffn=1536, layers=4, vae=32, frames=17, height=128, width=192, steps=6, shift=8.0, guidance=5.0)
+args = flags(__doc__, dim=384, ffn=1536, layers=4, vae=32, frames=17, height=128, width=192, steps=6, shift=8.0,
+             guidance=5.0)
 dtype, f = getattr(torch, args.dtype), 1 + (args.frames - 1) // 4
 shape = 1, 16, f, args.height // 8, args.width // 8
-transformer = diffusers.WanTransformer3DModel(num_attention_heads=args.dim // 128, ffn_dim=args.ffn, num_layers=args.layers)
+transformer = diffusers.WanTransformer3DModel(
+    num_attention_heads=args.dim // 128, ffn_dim=args.ffn, num_layers=args.layers)
 autoencoder = diffusers.AutoencoderKLWan(base_dim=args.vae)
 with tempfile.TemporaryDirectory() as folder:
     transformer.save_pretrained(f"{folder}/dit"), autoencoder.save_pretrained(f"{folder}/vae")

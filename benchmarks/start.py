@@ -22,8 +22,9 @@ FLAGS = "--preset toy --samples 0 --fake_warmup 1 --discriminator_warmup 0 --sav
 def launch(tree, command, done):
     """Run until `done()` or the end; returns seconds and the process's peak resident memory, MiB."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *command], cwd=tree, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": str(args.threads)})
+    env = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+    process = subprocess.Popen([sys.executable, *command], cwd=tree, env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None and not done():
         status = Path(f"/proc/{process.pid}/status").read_text()
@@ -55,4 +56,5 @@ for _ in range(args.pairs):
 for what in results["this"][0]:
     for name, rows in results.items():
         times, peak = sorted(row[what][0] for row in rows), max(row[what][1] for row in rows)
-        print(f"RESULT {what} ({name}): {statistics.median(times):.1f} s ({times[0]:.1f}..{times[-1]:.1f}), {peak:.0f} MiB")
+        print(f"RESULT {what} ({name}): {statistics.median(times):.1f} s ({times[0]:.1f}..{times[-1]:.1f}), "
+              f"{peak:.0f} MiB")

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 benchmarks/step.py --preset wan1.3b --batch 8 --discriminator_batch 32
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --no-remat       # what a measure buys
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --trace 12       # and top 12 kernels
-    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --compile        # torch.compile each block
+    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --compile        # blocks compiled
 
 Every flag of train.py is one here. Nothing is downloaded: speed and memory do not depend on what the weights say.
 Peaks are those of the CUDA allocator, so on a CPU only seconds are shown.
@@ -27,7 +27,8 @@ import train  # noqa: E402
 import vae  # noqa: E402
 from model import CONFIGS, WanDiT  # noqa: E402
 
-CYCLES, CUDA, ORDER = 3, torch.cuda.is_available(), ("generator, DMD", "fake score", "generator, flow GAN", "discriminator")
+CYCLES, CUDA = 3, torch.cuda.is_available()
+ORDER = "generator, DMD", "fake score", "generator, flow GAN", "discriminator"
 
 
 def random_networks(cfg):
@@ -85,7 +86,8 @@ train.load_networks, train.encode_prompts, train.real_clips = random_networks, r
 train.find_weights = lambda *_: None  # nothing is read
 train.update, train.save_checkpoint, train.export = clocked, lambda *_: None, lambda *_: None
 try:
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * CUDA]) if trace else torch.enable_grad() as p:
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * CUDA]
+    with profile(activities=activities) if trace else torch.enable_grad() as p:
         train.train(cfg)
 except torch.OutOfMemoryError:
     train.say(f"out of memory after {', '.join(rows) or 'no update at all'}")

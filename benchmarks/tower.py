@@ -17,7 +17,8 @@ from model import DiTConfig
 from raft import CONFIGS, RAFT, video_flow
 from vae import WAN, VAEConfig, WanVAE
 
-args = flags(__doc__, window=6, height=128, width=128, dim=32, width_d=384, depth=4, group=4, latents_per_pass=1, sweep=0)
+args = flags(__doc__, window=6, height=128, width=128, dim=32, width_d=384, depth=4, group=4, latents_per_pass=1,
+             sweep=0)
 torch.set_grad_enabled(True)
 vae = WanVAE(VAEConfig(args.dim, 16, WAN.latents_mean, WAN.latents_std)).requires_grad_(False).to(args.device)
 raft = RAFT(CONFIGS["large"]).requires_grad_(False).to(args.device)
@@ -42,7 +43,8 @@ def draw(windows, by_window, groups, by_group):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for name, colour in ("plain", "#b0563c"), ("ours", "#2f6f8f"):
         left.plot(windows, [mib[name] / 1024 for mib in by_window], "o-", color=colour)
-        left.annotate({"plain": "everything kept", "ours": "recomputed"}[name], (windows[-1], by_window[-1][name] / 1024),
+        text = {"plain": "everything kept", "ours": "recomputed"}[name]
+        left.annotate(text, (windows[-1], by_window[-1][name] / 1024),
                       xytext=(-6, 6), textcoords="offset points", ha="right", color=colour)
     right.plot(groups, [mib / 1024 for mib in by_group], "o-", color="#2f6f8f")
     right.set_xscale("log", base=2)
@@ -61,8 +63,8 @@ def plain():
 calls = {"ours": lambda: gradient(True, args.group), "plain": plain}
 settle_memory(args, calls)
 frames = 1 + 4 * args.window
-print(f"window of {args.window} latents = {frames} frames {args.height}x{args.width}, VAE width {args.dim}, RAFT large, "
-      f"{args.depth} DiT blocks of width {args.width_d}; {hardware(args)}")
+print(f"window of {args.window} latents = {frames} frames {args.height}x{args.width}, VAE width {args.dim}, "
+      f"RAFT large, {args.depth} DiT blocks of width {args.width_d}; {hardware(args)}")
 if args.sweep:
     windows, groups = (1, 2, 4, 6, 8), (1, 2, 4, 8, 16, 32)
     by_window = [peaks(calls, "--sweep", 0, "--window", window, rounds=1) for window in windows]
@@ -74,7 +76,8 @@ if args.sweep:
     print("| ours, MiB | " + " | ".join(f"{mib:.0f}" for mib in by_group) + " |")
     draw(windows, by_window, groups, by_group)
     sys.exit()
-# With the same convolutions: a random RAFT enlarges rounding a thousand times. test_smoke.py holds them against autograd's own.
+# With the same convolutions: a random RAFT enlarges rounding a thousand times. test_smoke.py holds the convolutions
+# against autograd's own.
 a, b = calls["ours"](), gradient(False, 10**6)
 print(f"gradients: largest difference {(a - b).abs().max() / b.abs().max():.1e} of the largest")
 report("flow tower gradient, against keeping everything", calls["ours"], calls["plain"], args, "1.6")

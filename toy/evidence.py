@@ -75,7 +75,8 @@ def train(name, flags, seed):
                "--samples", "0", "--workers", "1", *flags.split()]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "train.log", "a") as log:
-        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env)
     if done.returncode:
         sys.exit(f"evidence.py: train.py failed on {name}, see {out / 'train.log'}")
 
@@ -148,7 +149,8 @@ def stack(results, arm):
     rows = [row for name, row in sorted(results.items()) if name.rsplit("-", 1)[0] == arm]
     if rows:
         x = {key: np.array([row[key] for row in rows], dtype=float) for key in rows[0] if key != "log"}
-        return x | {f"{key}_fast": np.where(x["net_speed"] > 1.2, x[key], np.nan) for key in ("jitter", "iou", "one_blob")}
+        fast = x["net_speed"] > 1.2
+        return x | {f"{key}_fast": np.where(fast, x[key], np.nan) for key in ("jitter", "iou", "one_blob")}
 
 
 def bootstrap(a, b, rounds=2000):

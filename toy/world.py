@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIZE, FRAMES, FPS = 64, 17, 16
+SIZE, FRAMES = 64, 17
 COLOURS = {"red": (.88, .16, .16), "yellow": (.88, .82, .14), "green": (.14, .76, .22),
            "cyan": (.12, .78, .84), "blue": (.16, .30, .90), "magenta": (.82, .16, .84)}   # RGB in [0, 1]
 SHAPES = ("circle", "square", "triangle")
