@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -178,17 +179,27 @@ def resolve(cfg):
         raise ValueError("expected --generator with --no_dmd, a 3-step student: without DMD the teacher becomes none")
     if cfg.no_dmd:
         cfg.warmup_steps = cfg.fake_warmup = 0
-    for name in ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps", "fake_warmup",
-                 "warmup_steps", "discriminator_warmup"):
-        now = json.loads(json.dumps(getattr(cfg, name)))  # JSON has made lists of the run's tuples
-        then = begun.get(name, now)
-        if now != then:
-            raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
-                             "use another --out for other settings")
     if cfg.preset != "toy":
         cfg.videos = cfg.videos or str(REPO / "data" / "videos")
         cfg.prompts = cfg.prompts or str(REPO / "data" / "prompts.txt")
+    if begun and not cfg.dry_run:
+        tell_changes(cfg, begun)
     return cfg
+
+
+def tell_changes(cfg, begun):
+    """Say what a resumed run changes of the settings in `begun`; ValueError for what a run must end as it began."""
+    changes = []
+    for name, now in json.loads(json.dumps(asdict(cfg))).items():  # JSON has made lists of the run's tuples
+        then = begun.get(name, now)
+        if now != then and name in ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps",
+                                    "fake_warmup", "warmup_steps", "discriminator_warmup"):
+            raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
+                             "use another --out for other settings")
+        if now != then and name != "out":
+            changes.append(f"{name} {then} -> {now}")
+    if changes:
+        say(f"changed since the last checkpoint: {', '.join(changes)}")
 
 
 def check(cfg):
@@ -204,9 +215,15 @@ def check(cfg):
                  "flow_scale", "latents_per_pass", "raft_group", "save_every", "sample_every", "shift"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"expected --{name} above 0, got {getattr(cfg, name)}")
-    for name in "steps", "discriminator_warmup", "workers", "samples", "shard", "ranks":
+    for name in "steps", "discriminator_warmup", "workers", "samples", "shard", "ranks", "seed":
         if not getattr(cfg, name) >= 0:
             raise ValueError(f"expected --{name} 0 or more, got {getattr(cfg, name)}")
+    for name, value in asdict(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"expected a finite --{name}, got {value}")
+    for name in "warmup_steps", "fake_warmup":
+        if getattr(cfg, name) < -1:
+            raise ValueError(f"expected --{name} 0 or more, or -1 for its default, got {getattr(cfg, name)}")
     if not 0 <= cfg.ema < 1:
         raise ValueError(f"expected --ema of 0 or more and below 1, got {cfg.ema}")
     if len(set(cfg.taps)) < len(cfg.taps):
@@ -524,7 +541,8 @@ def live_state(nets, optimizers, ema):
 
 
 def checkpoints(out):
-    return sorted(path for path in Path(out).glob("checkpoint-*") if path.suffix != ".part")
+    """A run's checkpoints, oldest first; not those that are being written, or that somebody has renamed or copied."""
+    return sorted(path for path in Path(out).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name))
 
 
 def save_checkpoint(cfg, step, state):
@@ -675,6 +693,8 @@ def train(cfg):
     start = int(saved[-1].name.split("-")[1]) if saved else 0
     if start > last:
         raise ValueError(f"expected --steps {cfg.steps + start - last} or more, which the run in {cfg.out} has done")
+    if saved and start == last:
+        say(f"nothing left to train: the run in {cfg.out} has done its {last} cycles (--out for another run)")
     if start < cfg.fake_warmup + cfg.warmup_steps:
         say_warmup(cfg)
     f = 1 + (cfg.frames - 1) // 4
@@ -688,7 +708,7 @@ def train(cfg):
     contexts = encode_prompts([*prompts, cfg.negative_prompt, PROMPT], cfg.weights, cfg.contexts, device,
                               wait=os.environ["LOCAL_RANK"] != "0")
     generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
-    if rank() == 0:
+    if rank() == 0 and (start < last or not saved):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
 
@@ -704,7 +724,11 @@ def train(cfg):
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
     state = live_state(nets, optimizers, ema)
     if saved:
-        dcp.load(state, checkpoint_id=saved[-1])
+        try:
+            dcp.load(state, checkpoint_id=saved[-1])
+        except CheckpointException as error:
+            raise ValueError(f"expected a whole checkpoint in {saved[-1]}, got {str(error).splitlines()[-1]}: "
+                             "remove it to go on from the one before") from None
         say(f"resumed {saved[-1]}")
 
     times = few_step_times(cfg.timesteps, cfg.shift)
@@ -848,8 +872,8 @@ def dry_run(cfg):
     """Print what a run would need: bytes of a rank and FLOP of a cycle, by cost.py's formulas."""
     say_warmup(cfg)
     ranks = cfg.ranks or world()
-    # CHOICE: pretended processes stand on nodes of eight, as cards are rented.
-    node = min(8, ranks) if cfg.ranks else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # CHOICE: pretended processes stand on nodes of eight, as cards are rented, or of fewer where eight do not divide.
+    node = max(n for n in range(1, 9) if ranks % n == 0) if cfg.ranks else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for line in cost.report(cfg, ranks, cfg.shard or node):
         say(line)
 
