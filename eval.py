@@ -235,9 +235,9 @@ def fetch(file, source, folder, download):
         return found[0]
     path, digest = folder / file, re.search(r"-([0-9a-f]{8})\.", file)
     if download:
-        path.parent.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(15)  # a cluster's nodes may drop packets instead of refusing them
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address(file, source), path, digest and digest[1])  # aside, then renamed
             return path
         except Exception as error:  # offline, blocked, moved: for the caller all of them are a missing file
@@ -374,7 +374,9 @@ def score_folder(videos, metrics, log):
     """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
     known, rows = read_log(log), []
     for path in tqdm(videos, desc=f"{videos[0].parent.name}", disable=None):
-        stamp = {"bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+        stamp = {"bytes": 0, "mtime": 0}
+        if path.exists():  # not a link to nothing
+            stamp = {"bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
         row = known.get(path.name, {})
         if {key: row.get(key) for key in stamp} != stamp:
             row = {"video": path.name, **stamp, "weights": {}, "scores": {}, "skipped": {}}
@@ -532,10 +534,12 @@ def read_answers(paths):
         try:
             file = json.loads(path.read_text())
             answers = [answer[name] for answer in file["answers"] for name in QUESTIONS]
+            wrong = set(answers) - {"a", "b", "tie"}
+            {(answer["prompt"], answer["index"]) for answer in file["answers"]}
+            _, _, (_, _) = file["survey"], file["annotator"], file["folders"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             reason = type(error).__name__
             raise ValueError(f"expected answers downloaded from a survey page, got {path} ({reason})") from None
-        wrong = set(answers) - {"a", "b", "tie"}
         if wrong:
             raise ValueError(f"{path}: expected answers a, b or tie, got {min(wrong, key=str)!r}")
         for other, known in zip(paths, files):
@@ -595,6 +599,7 @@ def load_rafts(given, weights, device):
     for path in [given] if given else large[:1] + toy:
         rafts.append(load_raft(path).to(device))
         rafts[-1].source = str(path.resolve())  # part of a picture's name: other weights, another picture
+        rafts[-1].max_size = math.inf if given or path not in toy else 128  # px; in real videos the toy's sees nothing
     return rafts
 
 

@@ -15,6 +15,7 @@ import hashlib
 import html
 import json
 import math
+import os
 import re
 import time
 import unicodedata
@@ -378,11 +379,19 @@ def read_state_dict(path, entry=None):
     return state, meta
 
 
+def write_tensors(state, path, metadata):
+    """Write a .safetensors that others may read as any new file: the library's are for their owner alone."""
+    save_file(state, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 def save_weights(state, config, path, metadata):
     """Write tensors to a .safetensors whose header holds the config, as JSON, and the metadata, as strings."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
-    save_file(state, path, metadata={"format": "pt", **header})
+    write_tensors(state, path, {"format": "pt", **header})
 
 
 def assign(module, state, source):
@@ -597,7 +606,7 @@ def encode_prompts(prompts, path, cache, device="cpu", wait=False):
             encoder = encoder or load_text_encoder(path, device)
             rows = encoder.rows(prompt).to(encoder.model.dtype).cpu().contiguous()
             part = file_of(prompt).with_suffix(f".{uuid.uuid4().hex}.part")
-            save_file({"rows": rows}, part, metadata={"prompt": prompt, "text_len": str(encoder.text_len)})
+            write_tensors({"rows": rows}, part, {"prompt": prompt, "text_len": str(encoder.text_len)})
             part.rename(file_of(prompt))
 
     def read(batch):

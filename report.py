@@ -84,12 +84,13 @@ def clip_and_flow(raft, row):
 def draw_row(rafts, cells, folder):
     """Write each cell's clip beside its flow, all on one scale; the paths, in order.
 
-    rafts: the first whose smallest size fits every clip draws them; if none does, the paths are the videos' own. A
+    rafts: the first that takes clips of these sizes draws them; if none does, the paths are the videos' own. A
     picture's name is made of all that it depends on, so that a second report finds it.
     """
-    small = min(min(preview_size(cell["height"], cell["width"])) for cell in cells)
+    sides = [side for cell in cells for side in preview_size(cell["height"], cell["width"])]
     moving = all(cell["frames"] > 1 for cell in cells)
-    raft = next((net for net in rafts if moving and net.cfg.min_size <= small), None)
+    fits = (net for net in rafts if net.cfg.min_size <= min(sides) and max(sides) <= net.max_size)
+    raft = next(fits, None) if moving else None
     if raft is None:
         return [cell["path"] for cell in cells]
     stamps = [f"{cell['path']} {cell['bytes']} {cell['mtime']}" for cell in cells]

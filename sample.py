@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -219,11 +220,21 @@ def read_video(path, frames=None, size=None, fps=None, place=0.0):
 
 
 def video_files(folder):
-    """Every video under a folder, sorted, but for sample.py's flow pictures; ValueError if there is none."""
-    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES)
-    files = [p for p in files if not p.name.endswith(".flow.mp4")]
+    """Every video under a folder, sorted, but for sample.py's flow pictures; ValueError if there is none.
+
+    Links are followed, also those to folders.
+    """
+    files, seen = [], set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # where links lead to a folder twice, the same way is found on every machine
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        files += [Path(here) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    files = sorted(p for p in files if not p.name.endswith(".flow.mp4"))
     if not files:
-        raise ValueError(f"expected videos ({', '.join(SUFFIXES)}) in {folder}, found none")
+        raise ValueError(f"expected a folder with videos ({', '.join(SUFFIXES)}) in it, found none in {folder}")
     return files
 
 
@@ -386,8 +397,10 @@ def resolve(args):
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
     for key in ("num_videos", "batch_size", "fps", "steps", "shift"):
-        if getattr(args, key) is not None and getattr(args, key) <= 0:
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise ValueError(f"expected --{key} above 0, got {getattr(args, key)}")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"expected a finite --guidance, got {args.guidance}")
 
 
 def is_base(args, path):
@@ -462,8 +475,9 @@ def flow_path(path):
 def load_networks(args, prompts):
     """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
     if not args.weights.exists() and (is_base(args, args.generator) or not (args.vae and args.text_encoder)):
-        raise ValueError(f"expected {args.weights}/diffusion_pytorch_model.safetensors, it is not there: "
-                         f"hf download Wan-AI/{WEIGHTS[args.preset].name} --local-dir {args.weights}")
+        name = WEIGHTS[args.preset].name
+        fix = f"hf download Wan-AI/{name} --local-dir {args.weights}" if args.preset != "toy" else "leave --weights out"
+        raise ValueError(f"expected the weights of {args.preset} in {args.weights}, no such folder: {fix}")
     texts = prompts + [args.negative_prompt] * args.teacher
     contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
     net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
@@ -495,6 +509,8 @@ def run(argv):
         batch = jobs[i : i + args.batch_size]
         clips = generate(args, net, vae, contexts, [job[0] for job in batch], [job[1] for job in batch])
         for x, (_, _, path, comment) in zip(clips, batch):
+            if not x.isfinite().all():
+                raise ValueError(f"expected finite pixels for {path}, got others: is {args.generator} damaged?")
             if raft is not None:
                 flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
                 write_video(flow_path(path), clip_beside_flow(x, flow), args.fps, comment)

@@ -145,6 +145,7 @@ def test_weight_files_of_every_layout(tmp_path):
     torch.save(rcm, tmp_path / "rcm.pt", _use_new_zipfile_serialization=False)
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
+    assert (tmp_path / "ours.safetensors").stat().st_mode == index_file.stat().st_mode  # others may read it
     assert load_dit(tmp_path / "ours.safetensors").cfg == TINY
     for name in "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt":
         got = load_dit(tmp_path / name, TINY).state_dict()
@@ -903,7 +904,11 @@ def test_video_files_are_listed(tmp_path):
     for name in "b.MP4", "a/c.webm", "a/d.avi", "e.txt", "b.flow.mp4", ".x.part":
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert [p.name for p in video_files(tmp_path)] == ["c.webm", "d.avi", "b.MP4"]
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "far").symlink_to(tmp_path / "a")
+    assert len(video_files(tmp_path / "links")) == 3  # the loop leads to b.MP4 as well
     with pytest.raises(ValueError, match="found none"):
         video_files(tmp_path / "nowhere")
 
@@ -967,9 +972,13 @@ def test_generator_given_as_a_folder(tmp_path):
 def test_sample_refuses_in_one_line(tmp_path, capsys):
     (tmp_path / "none.txt").write_text("# nothing\n\n")
     wan = f"--preset wan1.3b --prompt x --weights {tmp_path}/w --generator {tmp_path}/w"
+    state = {key: torch.full_like(value, math.nan) for key, value in WanDiT(CONFIGS["toy"]).state_dict().items()}
+    save_dit(state, tmp_path / "nan.safetensors", CONFIGS["toy"])
+    nan = f"--generator {tmp_path}/nan.safetensors --steps 1 --out {tmp_path}/a.mp4 --cache {tmp_path}/cache"
     bad = {"--frames 16": "try 17", "--height 40": "divisible by 16", "--step 3": "unrecognized",
            "--preset huge": "'toy', 'wan1.3b'", "--prompts nowhere.txt": "nowhere.txt",
-           f"--prompts {tmp_path}/none.txt": "got none", "--fps 0": "above 0", "--out a.gif": "one .mp4",
+           f"--prompts {tmp_path}/none.txt": "got none", "--fps 0": "above 0", "--fps inf": "above 0",
+           "--guidance nan": "a finite --guidance", nan: "finite pixels", "--out a.gif": "one .mp4",
            "--prompt a/b --num_videos 2": "cannot name a file", f"--prompt {'x' * 300} --num_videos 2": "250 bytes",
            "--out a.mp4 --num_videos 2": "--out_dir", "--seed x": "--seed",
            "--device meta": "cpu or cuda", "--frames 1 --flow": "--frames 5 or more with --flow",
@@ -1135,6 +1144,25 @@ def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
     assert left == ["checkpoint-000004", "checkpoint-000005"]
 
 
+def test_resume_tells_what_changed_and_spares_copies(tmp_path, capsys):
+    weights, out = tiny_weights(tmp_path / "weights"), tmp_path / "out"
+    flags = "--warmup_steps 1 --discriminator_warmup 0 --fake_steps 1 --discriminator_batch 2 --no_r".split()
+    run(weights, out, *flags, "--steps", "0")
+    shutil.copytree(out / "checkpoint-000001", out / "checkpoint-000001-keep")
+    capsys.readouterr()
+    run(weights, out, *flags, "--steps", "0", "--lr_generator", "0.5")
+    told = capsys.readouterr().out
+    assert "lr_generator 0.0001 -> 0.5" in told and "nothing left to train" in told
+    assert json.loads((out / "config.json").read_text())["lr_generator"] == 1e-4
+    run(weights, out, *flags, "--steps", "2", "--save_every", "1")
+    assert sorted(path.name[-5:] for path in out.glob("checkpoint-*")) == ["-keep", "00002", "00003"]
+    for file in (out / "checkpoint-000003").glob("*.distcp"):
+        os.truncate(file, 100)
+    with pytest.raises(SystemExit):
+        run(weights, out, *flags, "--steps", "3")
+    assert "checkpoint-000003, got EOFError: remove it" in capsys.readouterr().err
+
+
 def test_bf16_and_both_orders(tmp_path):
     weights = tiny_weights(tmp_path / "weights")
     for order in "appendix", "algorithm":
@@ -1225,7 +1253,7 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
              "--height 40": "divisible by 16, got 40 x", "--window 9": "--window 1 to 2",
              "--height 128": "toy world's real clips, got 128", "--order x": "appendix or algorithm, got x",
              "--discriminator_batch 9": "at most batch \\* fake_steps = 4",
-             f"--videos {empty}": "expected videos .* found none",
+             f"--videos {empty}": "expected a folder with videos .* found none",
              f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
              f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "text file .*none.txt",
              f"--weights {empty}": "expected a Wan DiT in", "--micro_batch 0": "--micro_batch above 0, got 0",
@@ -1525,6 +1553,7 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     write_video(tmp_path / "one frame-0.mp4", clip[:, :1], 16)
     write_video(tmp_path / "portrait-0.flow.mp4", clip, 16)  # sample.py's picture is no sample
     (tmp_path / "empty-0.mp4").write_bytes(b"")
+    (tmp_path / "gone-0.mp4").symlink_to(tmp_path / "nowhere")
     (tmp_path / "text-0.mp4").write_text("no video")
     (tmp_path / "cut-0.mp4").write_bytes((tmp_path / "portrait-0.mp4").read_bytes()[:1500])
     with av.open(str(tmp_path / "no rate-0.mp4"), "w", format="h264") as bare:  # it has no time stamps
@@ -1536,14 +1565,14 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     smooth = {"smoothness": (lambda frames, fps: {"smoothness": scores.motion_smoothness(AMT(), frames)}, "v1")}
     rows = scores.score_folder(scores.find_videos(tmp_path, set()), smooth, tmp_path / "out" / "scores.jsonl")
     left_out = {r["video"]: r["error"] for r in rows if "error" in r}
-    assert set(left_out) == {"empty-0.mp4", "text-0.mp4", "cut-0.mp4", "no rate-0.mp4"}
+    assert set(left_out) == {"empty-0.mp4", "gone-0.mp4", "text-0.mp4", "cut-0.mp4", "no rate-0.mp4"}
     assert all(name in reason for name, reason in left_out.items()) and "frame rate" in left_out["no rate-0.mp4"]
     assert {r["video"]: r["skipped"]["smoothness"].split(":")[0] for r in rows if r["skipped"]} == {
         "one frame-0.mp4": "1 frames", "portrait-0.mp4": "32x48 frames"}
     header, cells = scores.score_table(["odd"], [rows], {"smoothness": "smoothness"})
     assert dict(zip(header, cells)) == {
         "folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16", "frames": "1-6",
-        "size": "32x48", "left out": "4"}
+        "size": "32x48", "left out": "5"}
     with pytest.raises(ValueError, match="none of the prompts"):
         scores.find_videos(tmp_path, {"a cat"})
 
@@ -1569,10 +1598,13 @@ def test_tally_counts_wins_of_the_first_folder(tmp_path):
     assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
     assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
     assert result["motion"]["win"][1] < 6 / 8 < result["motion"]["win"][2]
-    paths = [tmp_path / f"{i}.json" for i in range(3)]
-    for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}]):
+    paths = [tmp_path / f"{i}.json" for i in range(6)]
+    odd = {**files[0], "folders": ["alone"]}, {**files[0], "survey": None}, {**files[0], "answers": [{"motion": []}]}
+    odd[1].pop("survey")
+    for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}, *odd]):
         path.write_text(json.dumps(file))
-    bad = (paths[:2], "of one person"), (paths[::2], "different surveys"), ([tmp_path / "no"], "expected answers")
+    bad = [(paths[:2], "of one person"), (paths[:3:2], "different surveys")]
+    bad += [([path], "expected answers") for path in (*paths[3:], tmp_path / "no")]
     for given, reason in bad:
         with pytest.raises(ValueError, match=reason):
             scores.read_answers(given)
