@@ -250,7 +250,10 @@ def load_aesthetic(config, weights, head):
     from transformers import CLIPVisionModelWithProjection
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    clip = CLIPVisionModelWithProjection.from_pretrained(config.parent).eval().requires_grad_(False)
+    try:
+        clip = CLIPVisionModelWithProjection.from_pretrained(config.parent).eval().requires_grad_(False)
+    except SafetensorError as error:
+        raise ValueError(f"expected CLIP's weights in {config.parent}, which cannot be read ({error})") from None
     linear = assign(torch.nn.Linear(clip.config.projection_dim, 1, device="meta"), read_state_dict(head)[0], head)
     return clip, linear.requires_grad_(False)
 
@@ -280,7 +283,7 @@ def load_metrics(names, folder, download, device):
             paths = [fetch(file, source, folder, download) for file, source in FILES[name].items()]
             # The id is kept with every score: other weights, and the score is computed anew.
             out[name] = load_metric(name, paths, device), " ".join(f"{p.name}:{p.stat().st_size}" for p in paths)
-        except (ValueError, OSError, SafetensorError) as error:
+        except (ValueError, OSError) as error:
             print(f"{COLUMNS[name]}: left out, {str(error).splitlines()[0]}")
     return out
 
@@ -646,7 +649,7 @@ def parse(argv=None):
     add("--out", type=Path, default=Path("runs/eval"), help="where scores and the report go, default %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--run", nargs="*", type=Path, default=[], help="run folders or jsonl files, for training curves")
-    add("--raft", type=Path, help="RAFT of the flow pictures; default the dynamic degree's, or the toy world's")
+    add("--raft", type=Path, help="RAFT of the flow pictures; default the dynamic degree's; to 128 px also the toy's")
     add("--flow_rows", type=int, default=50, help="rows of the report, largest differences first, that show the flow")
     add("--embed_mb", type=float, default=64, help="videos embedded in a page, in MB; the rest is linked")
     add("--survey", nargs=2, type=Path, metavar=("DIR_A", "DIR_B"), help="write the human study's page")

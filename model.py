@@ -379,7 +379,7 @@ def read_state_dict(path, entry=None):
     return state, meta
 
 
-def write_tensors(state, path, metadata):
+def write_tensors(state, path, metadata=None):
     """Write a .safetensors that others may read as any new file: the library's are for their owner alone."""
     save_file(state, path, metadata=metadata)
     umask = os.umask(0)
@@ -491,7 +491,9 @@ UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=102
 
 FULL_WIDTH = 0x3000, *range(0xFF01, 0xFFF0)
 LIGATURES = 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)
+CONTROLS = *range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)
 PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for code in FULL_WIDTH + LIGATURES}  # for str.translate
+PLAIN |= dict.fromkeys(CONTROLS, "") | {0x149: "'n", 0xFB05: "ſt"}
 PLAIN |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
 
 
@@ -542,7 +544,10 @@ def load_tokenizer(folder):
     file = Path(folder) / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"expected UMT5's tokenizer at {file}: no such file")
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library's own is nothing more special
+        raise ValueError(f"expected UMT5's tokenizer at {file}, which cannot be read ({error})") from None
     tokenizer.no_padding(), tokenizer.no_truncation()
     return lambda prompt: tokenizer.encode(prompt).ids
 

@@ -84,8 +84,8 @@ def clip_and_flow(raft, row):
 def draw_row(rafts, cells, folder):
     """Write each cell's clip beside its flow, all on one scale; the paths, in order.
 
-    rafts: the first that takes clips of these sizes draws them; if none does, the paths are the videos' own. A
-    picture's name is made of all that it depends on, so that a second report finds it.
+    rafts: of eval.py's load_rafts; the first that takes clips of these sizes draws them; if none does, the paths are
+    the videos' own. A picture's name is made of all that it depends on, so that a second report finds it.
     """
     sides = [side for cell in cells for side in preview_size(cell["height"], cell["width"])]
     moving = all(cell["frames"] > 1 for cell in cells)

@@ -313,6 +313,7 @@ def test_full_size_text_encoder_layouts(tmp_path, monkeypatch):
     for folder in tmp_path / "google" / "umt5-xxl", tmp_path / "hub" / "tokenizer":
         folder.mkdir(parents=True)
         tokens.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
     net.save_pretrained(tmp_path / "hub" / "text_encoder")
     to_official = {"shared.": "token_embedding.", "encoder.final_layer_norm.": "norm."}
     for i in range(2):
@@ -337,16 +338,22 @@ def test_full_size_text_encoder_layouts(tmp_path, monkeypatch):
         assert context[0, len(ids):].abs().max() == 0
         assert (context[0, :len(ids)] - want).abs().max() < 0.05 * want.abs().max()
     assert torch.equal(official(prompts), hub(prompts))
-    (tmp_path / "hub" / "tokenizer" / "tokenizer.json").unlink()
+    file = tmp_path / "hub" / "tokenizer" / "tokenizer.json"
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match="tokenizer.json, which cannot be read"):
+        load_text_encoder(tmp_path / "hub")
+    file.unlink()
     with pytest.raises(ValueError, match="tokenizer.json: no such file"):
         load_text_encoder(tmp_path / "hub")
 
 
-def test_prompts_are_cleaned_as_wan_does():
+def test_prompts_are_cleaned_as_wan_does(tmp_path):
     """What ftfy 6.3.1 and Wan's whitespace cleaning make of them."""
-    dirty = " “Rock ’n’ roll”，&amp;amp;ﬁne\u3000Ｃａｆe\u0301 ｶﾞ&#39; <Ĳ>\n\tＷ "
-    assert clean_prompt(dirty) == "\"Rock 'n' roll\",&fine Caf\u00e9 ガ' <IJ> W"
+    dirty = " “Rock ’n’ roll”，&amp;amp;ﬁne\u3000Ｃａｆe\u0301 ｶﾞ&#39; <Ĳ>\n\tＷ\ufeff ŉ \ufb05 "
+    assert clean_prompt(dirty) == "\"Rock 'n' roll\",&fine Caf\u00e9 ガ' <IJ> W 'n ſt"
     assert "，" not in clean_prompt(NEGATIVE_PROMPT)
+    (tmp_path / "windows.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert sample.read_prompts(tmp_path / "windows.txt") == ["a cat"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1160,7 +1167,8 @@ def test_resume_tells_what_changed_and_spares_copies(tmp_path, capsys):
         os.truncate(file, 100)
     with pytest.raises(SystemExit):
         run(weights, out, *flags, "--steps", "3")
-    assert "checkpoint-000003, got EOFError: remove it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "checkpoint-000003, got EOFError: if it is damaged, move it away to go on from checkpoint-000002" in told
 
 
 def test_bf16_and_both_orders(tmp_path):
@@ -1637,6 +1645,16 @@ def test_report_is_one_file_sorted_by_difference(tmp_path):
     assert [["blob" in cell for cell in r["cells"]] for r in data["rows"]] == [[True, True], [False, True]]
     assert data["rows"][1]["cells"][0]["href"] == "0.mp4" and page.count('<script type="text/plain"') == 3
     assert page.count("<polyline") == 1 and "0.5 to 1" in page and "http" not in page  # nothing from outside
+
+
+def test_toy_raft_draws_small_clips_only(tmp_path):
+    rafts = scores.load_rafts(None, tmp_path, "cpu")
+    large = dict(path=tmp_path / "large.mp4", height=160, width=160, frames=5)
+    assert report.draw_row(rafts, [large], tmp_path) == [large["path"]]  # the video itself
+    write_video(tmp_path / "small.mp4", torch.rand(3, 5, 64, 64) * 2 - 1, 16)
+    small = dict(path=tmp_path / "small.mp4", height=64, width=64, frames=5, fps=16, bytes=1, mtime=1)
+    (picture,) = report.draw_row(rafts, [small], tmp_path / "clips")
+    assert video_info(picture)[2:] != (64, 64) and picture.parent == tmp_path / "clips"
 
 
 def test_survey_holds_the_common_samples(tmp_path):

@@ -37,7 +37,7 @@ from discriminator import PROMPT, MotionDiscriminator, motion_tensor
 from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, add_noise, encode_prompts, few_step, few_step_times, find_weights,
                    load_dit, sample_noise, save_dit, shift_time, velocity_to_x0)
 from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
-from sample import read_prompts, read_video, video_files, write_video
+from sample import header, read_prompts, read_video, video_files, write_video
 from vae import load_vae
 
 
@@ -693,8 +693,9 @@ def train(cfg):
     start = int(saved[-1].name.split("-")[1]) if saved else 0
     if start > last:
         raise ValueError(f"expected --steps {cfg.steps + start - last} or more, which the run in {cfg.out} has done")
-    if saved and start == last:
-        say(f"nothing left to train: the run in {cfg.out} has done its {last} cycles (--out for another run)")
+    final = "fake_score" if not cfg.no_dmd else "generator_ema" if cfg.ema else "generator"  # what a run writes last
+    if saved and start == last and header(Path(cfg.out) / f"{final}.safetensors").get("step") == str(last):
+        return say(f"nothing left to train: the run in {cfg.out} has done its {last} cycles (--out for another run)")
     if start < cfg.fake_warmup + cfg.warmup_steps:
         say_warmup(cfg)
     f = 1 + (cfg.frames - 1) // 4
@@ -708,7 +709,7 @@ def train(cfg):
     contexts = encode_prompts([*prompts, cfg.negative_prompt, PROMPT], cfg.weights, cfg.contexts, device,
                               wait=os.environ["LOCAL_RANK"] != "0")
     generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
-    if rank() == 0 and (start < last or not saved):
+    if rank() == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1))
 
@@ -727,8 +728,9 @@ def train(cfg):
         try:
             dcp.load(state, checkpoint_id=saved[-1])
         except CheckpointException as error:
-            raise ValueError(f"expected a whole checkpoint in {saved[-1]}, got {str(error).splitlines()[-1]}: "
-                             "remove it to go on from the one before") from None
+            before = f": if it is damaged, move it away to go on from {saved[-2].name}" if len(saved) > 1 else ""
+            raise ValueError(f"expected a whole checkpoint of these networks in {saved[-1]}, got "
+                             f"{str(error).splitlines()[-1]}{before}") from None
         say(f"resumed {saved[-1]}")
 
     times = few_step_times(cfg.timesteps, cfg.shift)

@@ -22,14 +22,13 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 import model                                                                                       # noqa: E402
 from model import NEGATIVE_PROMPT, DiTConfig, WanDiT, add_noise, few_step, few_step_times          # noqa: E402
-from model import load_dit, load_text_encoder, sample_noise, save_dit, shift_time                  # noqa: E402
+from model import load_dit, load_text_encoder, sample_noise, save_dit, shift_time, write_tensors   # noqa: E402
 from raft import CONFIGS as RAFTS, RAFT, save_raft                                                 # noqa: E402
 from toy.world import ADVERBS, COLOURS, DIRECTIONS, FRAMES, PROMPTS, SHAPES, SIZE                  # noqa: E402
 from toy.world import attributes, clips, held_out, score                                           # noqa: E402
@@ -112,7 +111,7 @@ def save_run(part: str, step: int, state: dict[str, Tensor], **header) -> None:
     """Write a resumable checkpoint aside, then rename it over the last one."""
     RUNS.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(state, RUNS / f"{part}.part", metadata={"json": json.dumps({"step": step, **header})})
+    write_tensors(state, RUNS / f"{part}.part", {"json": json.dumps({"step": step, **header})})
     with open(RUNS / f"{part}.part", "rb") as file:
         os.fsync(file.fileno())
     os.replace(RUNS / f"{part}.part", RUNS / f"{part}.safetensors")
@@ -398,7 +397,7 @@ def train_text(steps: int) -> None:
               "config": json.dumps({**UMT5, "text_len": TEXT_LEN}), "quality": json.dumps({"attributes_right": right}),
               "recipe": f"{steps} steps, AdamW 3e-3, every token tells every attribute, seed 0"}
     state = {k: v for k, v in half(model.state_dict()).items() if k != "encoder.embed_tokens.weight"}
-    save_file(state, OUT / "text.safetensors", metadata=header)
+    write_tensors(state, OUT / "text.safetensors", header)
 
 
 def context_table() -> tuple[Tensor, Tensor]:
@@ -429,7 +428,8 @@ def make_latents(vae: WanVAE, index: int) -> dict[str, Tensor]:
             parts.append({"z": vae.encode(truth.pixels, 4).half(), "cells": cells.mul(255).round().byte(),
                           "row": ((c * 3 + s) * 4 + d) * 3 + a})
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: torch.cat([p[k] for p in parts]).contiguous().cpu() for k in parts[0]}, path.with_suffix(".part"))
+        state = {k: torch.cat([p[k] for p in parts]).contiguous().cpu() for k in parts[0]}
+        write_tensors(state, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     with safe_open(path, "pt") as file:
         return {k: file.get_tensor(k) for k in file.keys()}
@@ -670,7 +670,7 @@ def train_measure(_: int) -> None:
             state, meta = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()
         meta["quality"] = json.dumps({"clips": len(pairs), **quality})
         meta |= {"guidance": str(GUIDANCE)} if part == "teacher" else {}
-        save_file(state, path.with_suffix(".part"), metadata=meta)
+        write_tensors(state, path.with_suffix(".part"), meta)
         os.replace(path.with_suffix(".part"), path)
 
 
