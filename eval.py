@@ -538,6 +538,7 @@ def read_answers(paths):
             file = json.loads(path.read_text())
             answers = [answer[name] for answer in file["answers"] for name in QUESTIONS]
             wrong = set(answers) - {"a", "b", "tie"}
+            # What else a tally takes of it, so that a file without it is refused here.
             {(answer["prompt"], answer["index"]) for answer in file["answers"]}
             _, _, (_, _) = file["survey"], file["annotator"], file["folders"]
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -541,9 +541,7 @@ def words_to_ids(prompt, vocab):
 def load_tokenizer(folder):
     """str -> ids as tokenizer.json has it: transformers 5 builds T5's anew, with other ids for unknown characters."""
     from tokenizers import Tokenizer
-    file = Path(folder) / "tokenizer.json"
-    if not file.exists():
-        raise ValueError(f"expected UMT5's tokenizer at {file}: no such file")
+    file = find_weights(Path(folder) / "tokenizer.json", "UMT5's tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library's own is nothing more special

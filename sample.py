@@ -227,10 +227,11 @@ def video_files(folder):
     files, seen = [], set()
     for here, folders, names in os.walk(folder, followlinks=True):
         folders.sort()  # where links lead to a folder twice, the same way is found on every machine
-        if os.path.realpath(here) in seen:
+        real = os.path.realpath(here)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(here))
+        seen.add(real)
         files += [Path(here) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
     files = sorted(p for p in files if not p.name.endswith(".flow.mp4"))
     if not files:

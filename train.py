@@ -189,11 +189,12 @@ def resolve(cfg):
 
 def tell_changes(cfg, begun):
     """Say what a resumed run changes of the settings in `begun`; ValueError for what a run must end as it began."""
+    fixed = ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps", "fake_warmup",
+             "warmup_steps", "discriminator_warmup")
     changes = []
     for name, now in json.loads(json.dumps(asdict(cfg))).items():  # JSON has made lists of the run's tuples
         then = begun.get(name, now)
-        if now != then and name in ("preset", "no_dmd", "no_r", "latent_gan", "ema", "gan_optimizer", "depth", "taps",
-                                    "fake_warmup", "warmup_steps", "discriminator_warmup"):
+        if now != then and name in fixed:
             raise ValueError(f"expected --{name} {then}, with which the run in {cfg.out} began, got {now}: "
                              "use another --out for other settings")
         if now != then and name != "out":

@@ -112,9 +112,10 @@ def run(arms, seeds, jobs):
     pairs = held_out(200)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     todo = [(arm, seed) for seed in seeds for arm in arms if arm not in FIXED or seed == 0]
-    for name in (f"{arm}-{seed}" for arm, seed in todo if f"{arm}-{seed}" in results):
-        print(f"{name}: already in {RESULTS.relative_to(REPO)}")
-    todo = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" not in results]
+    done = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" in results]
+    for arm, seed in done:
+        print(f"{arm}-{seed}: already in {RESULTS.relative_to(REPO)}")
+    todo = [pair for pair in todo if pair not in done]
     score = RUNS / "start" / "fake_score.safetensors"
     if any(arm not in FIXED for arm, _ in todo) and not score.exists():
         train("start", START, 0)
@@ -222,10 +223,9 @@ def main():
     args = parser.parse_args()
     arms = [*FIXED, *ARMS] if args.arms == ["all"] else args.arms
     unknown = [arm for arm in arms if arm not in ARMS and arm not in FIXED]
-    if unknown:
-        sys.exit(f"evidence.py: expected arms of {', '.join((*FIXED, *ARMS))}, got {', '.join(unknown)}")
-    if args.command == "run" and not arms:
-        sys.exit(f"evidence.py: expected arms to run: all, or of {', '.join((*FIXED, *ARMS))}")
+    if unknown or args.command == "run" and not arms:
+        got = ", ".join(unknown) or "none"
+        sys.exit(f"evidence.py: expected arms, all or of {', '.join((*FIXED, *ARMS))}, got {got}")
     if args.command == "picture" and not (RUNS / "mogan-0" / "generator.safetensors").exists():
         sys.exit(f"evidence.py: expected a generator in {RUNS / 'mogan-0'}: `run mogan --seeds 0` makes it, if "
                  f"{RESULTS.relative_to(REPO)} is moved away before")
