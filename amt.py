@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import assign, read_state_dict
+from weights import load_strict, read_state_dict
 from raft import Correlation, Encoder
 
 LEVELS = (20, 32, 44, 56)   # feature channels at 1/2, 1/4, 1/8, 1/16
@@ -175,4 +175,4 @@ def load_amt(path):
     """AMT-S from the published amt-s.pth, or its keys in a .safetensors, frozen; ValueError if it does not fit."""
     with torch.device("meta"):
         net = AMT()
-    return assign(net, read_state_dict(path)[0], path).eval().requires_grad_(False)
+    return load_strict(net, read_state_dict(path)[0], path).eval().requires_grad_(False)

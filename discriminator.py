@@ -48,15 +48,14 @@ class PredictionHead(nn.Module):
 
 
 class MotionDiscriminator(nn.Module):
-    """First `depth` blocks of a WanDiT with heads after `taps`: motion latents to one logit (Fig. 2)."""
+    """The first blocks of a WanDiT with heads after `taps`, the last of which ends it: motion latents to one logit."""
 
-    def __init__(self, cfg, depth=16, taps=(7, 13, 15)):
+    def __init__(self, cfg, taps=(7, 13, 15)):
         super().__init__()
-        if not 0 <= min(taps) <= max(taps) < depth <= cfg.layers:
-            raise ValueError(f"expected taps below depth {depth} and depth at most {cfg.layers}, the DiT's "
-                             f"layers, got taps {taps}")
+        if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= cfg.layers:
+            raise ValueError(f"expected rising taps below {cfg.layers}, the DiT's layers, got {list(taps)}")
         self.taps = taps  # CHOICE: 0-based, so that 15 is the last of 16 blocks
-        self.trunk = WanDiT(replace(cfg, layers=depth))
+        self.trunk = WanDiT(replace(cfg, layers=taps[-1] + 1))
         del self.trunk.head
         self.heads = nn.ModuleList(PredictionHead(cfg) for _ in taps)
         self.logit = nn.Sequential(

@@ -40,11 +40,13 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from amt import load_amt
-from model import REPO, WEIGHTS, assign, read_state_dict
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
 from report import QUESTIONS, read_run, write_report, write_survey
-from sample import SUFFIXES, find_device, open_video, read_frames, read_prompts
+from sample import find_device
+from text import read_prompts
+from video import SUFFIXES, open_video, read_frames
+from weights import REPO, WEIGHTS, load_strict, read_state_dict
 
 FOLDER = REPO / "weights" / "eval"
 FILES = {  # metric: its files in FOLDER, each with the hub repository or the address it comes from
@@ -254,7 +256,7 @@ def load_aesthetic(config, weights, head):
         clip = CLIPVisionModelWithProjection.from_pretrained(config.parent).eval().requires_grad_(False)
     except SafetensorError as error:
         raise ValueError(f"expected CLIP's weights in {config.parent}, which cannot be read ({error})") from None
-    linear = assign(torch.nn.Linear(clip.config.projection_dim, 1, device="meta"), read_state_dict(head)[0], head)
+    linear = load_strict(torch.nn.Linear(clip.config.projection_dim, 1, device="meta"), read_state_dict(head)[0], head)
     return clip, linear.requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Wan2.1 text-to-video DiT, flow matching, the few-step sampler, the text encoder, and their weight files.
+"""Wan2.1's text-to-video DiT, flow matching, the few-step sampler and the random numbers that it starts from.
 
 Conventions, true in every file of this repository:
   axes    [B, C, T, H, W]. UPPER case is the pixel grid, lower case the latent grid (f, h, w):
@@ -12,38 +12,17 @@ Module attributes carry the official checkpoint's names, so that loading is stri
 
 import functools
 import hashlib
-import html
 import json
 import math
-import os
-import re
-import time
-import unicodedata
-import uuid
-import zipfile
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
-REPO = Path(__file__).resolve().parent
-WEIGHTS = {  # the folder of each preset; the full-size ones are the hub repositories' own layout
-    "toy": REPO / "toy" / "weights",
-    "wan1.3b": REPO / "weights" / "Wan2.1-T2V-1.3B",
-    "wan14b": REPO / "weights" / "Wan2.1-T2V-14B",
-}
-# Wan's own negative prompt (Wan-Video/Wan2.1, shared_config.py); DMD teachers were guided with it.
-NEGATIVE_PROMPT = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
-    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
-)
+from weights import find_weights, load_strict, official_dit, read_state_dict, save_weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +56,8 @@ def few_step_times(steps=(1000, 757, 522), shift=8.0):
     steps: network timesteps in 0..1000, used as they stand; sigma is the nearest level of the shifted 1000-step
     grid (for 1000, 757, 522 at shift 8: 1, 28/37, 12/23).
     """
+    if [*steps, 0] != sorted({*steps, 0}, reverse=True) or steps[0] > 1000:
+        raise ValueError(f"expected falling --timesteps within 1000 to 1, got {list(steps)}")
     grid = shift_time(torch.arange(1000, 0, -1, dtype=torch.float64) / 1000, shift)
     return [(s / 1000, grid[(grid - s / 1000).abs().argmin()].item()) for s in steps]
 
@@ -85,6 +66,39 @@ def sample_noise(seeds, shape, steps):
     """Noise of every step of every sample, [steps, B, *shape]; one generator per sample, whatever the batch."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return torch.stack([torch.randn(steps, *shape, generator=g) for g in generators], dim=1)
+
+
+def seed_of(*key):
+    """A seed that depends only on what it is for: a resumed run, or another number of ranks, draws the same."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+
+
+class Draw(NamedTuple):
+    """The random numbers of one use (role) in one training cycle, for the samples of one micro-batch."""
+    seed: int
+    cycle: int
+    role: str
+    index: list
+
+    def seeds(self, what):
+        return [seed_of(self.seed, self.cycle, self.role, what, i) for i in self.index]
+
+    def uniform(self, what):
+        """One number in [0, 1) per sample, [B]."""
+        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(what)]
+        return torch.tensor([torch.rand((), generator=g) for g in generators])
+
+    def noise(self, shape, steps):
+        """[steps, B, *shape]"""
+        return sample_noise(self.seeds("noise"), shape, steps)
+
+    def renoise(self, shape):
+        """[B, *shape], independent of `noise`."""
+        return sample_noise(self.seeds("renoise"), shape, 1)[0]
+
+    def choice(self, what, count):
+        """One of range(count), the same for all samples and ranks."""
+        return seed_of(self.seed, self.cycle, self.role, what) % count
 
 
 def few_step(generator, noise, context, times, stop=None):
@@ -312,133 +326,7 @@ class WanDiT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weight files: read any public layout, write the official one
-
-
-def find_weights(path, what="weights"):
-    """The weights file behind a path: a file, a folder (official, diffusers, ours) or a hub 'owner/name'."""
-    path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        from huggingface_hub import snapshot_download
-        try:
-            kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
-            path = Path(snapshot_download(str(path), allow_patterns=kinds, ignore_patterns=other))
-        except Exception as error:  # offline, misspelt, gated: to the caller each is a missing file
-            raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none "
-                             f"({type(error).__name__})") from None
-    if path.is_dir():
-        names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-                 "model.safetensors", "model.safetensors.index.json", "generator.safetensors",
-                 "teacher.safetensors", "model.pt"]
-        found = [p / n for p in (path, path / "transformer") for n in names if (p / n).exists()]
-        if not found:
-            raise ValueError(f"expected {what} in {path}: none of {', '.join(names[:2])}, ... is there")
-        path = found[0]
-    if not path.exists():
-        raise ValueError(f"expected {what} at {path}: no such file (to download: README, 'Full size')")
-    return path
-
-
-# AMT's file has its optimizer beside the weights; learning rates are numpy scalars there, which torch.load refuses
-# unless they are allowed, under the names of numpy 1 and 2.
-NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
-                *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
-def read_state_dict(path, entry=None):
-    """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (no other objects).
-
-    entry: the network to read from a training checkpoint (CausVid, Self-Forcing); default its generator, EMA first.
-    Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
-    """
-    path = find_weights(path)
-    state, meta, shards = {}, {}, []
-    try:
-        if path.suffix == ".json":
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-        else:
-            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 (RAFT's) are plain streams
-            with torch.serialization.safe_globals(NUMPY_SCALAR):
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:
-        raise ValueError(f"expected a weights file, got {path}, which cannot be read "
-                         f"({type(error).__name__}): it may be cut short, or hold more than tensors") from None
-    for shard in shards:
-        state.update(read_state_dict(path.parent / shard)[0])
-    if not isinstance(state, dict):
-        raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
-    dicts = [name for name, value in state.items() if isinstance(value, dict)]
-    if entry and dicts and entry not in dicts:
-        raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
-    for name in entry, "generator_ema", "generator", "model", "state_dict":
-        if name in dicts:
-            return state[name], meta
-    return state, meta
-
-
-def write_tensors(state, path, metadata=None):
-    """Write a .safetensors that others may read as any new file: the library's are for their owner alone."""
-    save_file(state, path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
-
-
-def save_weights(state, config, path, metadata):
-    """Write tensors to a .safetensors whose header holds the config, as JSON, and the metadata, as strings."""
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
-    write_tensors(state, path, {"format": "pt", **header})
-
-
-def assign(module, state, source):
-    """Load state strictly into a module, on meta or not; ValueError names the first wrong keys."""
-    want = {key: value.shape for key, value in module.state_dict().items()}
-    wrong = [f"missing {key}" for key in want.keys() - state.keys()]
-    wrong += [f"unexpected {key}" for key in state.keys() - want.keys()]
-    wrong += [f"{key} is {list(state[key].shape)}, not {list(want[key])}"
-              for key in want.keys() & state.keys() if state[key].shape != want[key]]
-    if wrong:
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {len(wrong)} of {len(want)} keys "
-                         f"differ ({'; '.join(sorted(wrong)[:3])}{'; ...' if len(wrong) > 3 else ''})")
-    module.load_state_dict(state, assign=True)
-    return module
-
-
-PREFIXES = [  # of FSDP1; of ComfyUI, CausVid and rCM
-    (r"_fsdp_wrapped_module\.", ""), (r"^(model\.diffusion_model\.|model\.|net\.)+", ""),
-]
-FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
-    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
-    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
-    (r"^condition_embedder\.time_proj\.", "time_projection.1."), (r"^proj_out\.", "head.head."),
-    (r"^scale_shift_table$", "head.modulation"), (r"\.scale_shift_table$", ".modulation"),
-    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.0\.", ".o."), (r"\.to_([qkv])\.", r".\1."),
-    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."),
-    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
-]
-
-
-def rename(state, rules):
-    """A state dict with every (pattern, replacement) applied to its keys, in order."""
-    def renamed(key):
-        return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
-    return {renamed(key): value for key, value in state.items()}
-
-
-def official_dit(state):
-    """A DiT state dict of any public layout under the official keys."""
-    state = rename(state, PREFIXES)
-    if "condition_embedder.time_proj.weight" in state:
-        state = rename(state, FROM_DIFFUSERS)
-    patch = state.get("patch_embedding.weight")
-    if patch is not None and patch.ndim == 2:  # rCM stores the same numbers as a linear layer
-        state["patch_embedding.weight"] = patch.view(len(patch), -1, 1, 2, 2)
-    return state
+# Files
 
 
 def dit_config(state, meta, source):
@@ -463,159 +351,9 @@ def load_dit(path, config=None, dtype=torch.float32, entry=None):
     config = config or dit_config(state, meta, path)
     with torch.device("meta"):
         net = WanDiT(config)
-    return assign(net, {key: value.to(dtype) for key, value in state.items()}, path)
+    return load_strict(net, {key: value.to(dtype) for key, value in state.items()}, path)
 
 
 def save_dit(net, path, config=None, **metadata):
     """Write a WanDiT, or a state dict and config, under the official keys; metadata goes into the header."""
     save_weights(net if isinstance(net, dict) else net.state_dict(), config or net.cfg, path, metadata)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-T5_KEYS = [  # official UMT5 encoder file -> transformers
-    (r"^token_embedding\.", "shared."), (r"^norm\.", "encoder.final_layer_norm."),
-    (r"^blocks\.(\d+)\.norm1\.", r"encoder.block.\1.layer.0.layer_norm."),
-    (r"^blocks\.(\d+)\.attn\.", r"encoder.block.\1.layer.0.SelfAttention."),
-    (r"^blocks\.(\d+)\.pos_embedding\.embedding\.",
-     r"encoder.block.\1.layer.0.SelfAttention.relative_attention_bias."),
-    (r"^blocks\.(\d+)\.norm2\.", r"encoder.block.\1.layer.1.layer_norm."),
-    (r"^blocks\.(\d+)\.ffn\.gate\.0\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_0."),
-    (r"^blocks\.(\d+)\.ffn\.fc1\.", r"encoder.block.\1.layer.1.DenseReluDense.wi_1."),
-    (r"^blocks\.(\d+)\.ffn\.fc2\.", r"encoder.block.\1.layer.1.DenseReluDense.wo."),
-]
-UMT5_XXL = dict(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24,
-                feed_forward_proj="gated-gelu")
-
-FULL_WIDTH = 0x3000, *range(0xFF01, 0xFFF0)
-LIGATURES = 0x132, 0x133, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07)
-CONTROLS = *range(9), 11, *range(14, 32), 127, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)
-PLAIN = {code: unicodedata.normalize("NFKC", chr(code)) for code in FULL_WIDTH + LIGATURES}  # for str.translate
-PLAIN |= dict.fromkeys(CONTROLS, "") | {0x149: "'n", 0xFB05: "ſt"}
-PLAIN |= dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-
-
-def clean_prompt(prompt):
-    """Wan's cleaning: plain quotes, widths and letters, no HTML entities, single spaces.
-
-    CHOICE: this is what ftfy, with which Wan begins, does to sound text; wrongly decoded text is left as it is.
-    """
-    prompt = unicodedata.normalize("NFC", html.unescape(html.unescape(prompt)).translate(PLAIN))
-    return " ".join(prompt.split())
-
-
-def pad_context(rows, text_len):
-    """[len, text_dim] -> [text_len, text_dim]: zero rows at the end, as in Wan, not what UMT5 makes of padding."""
-    return F.pad(rows[:text_len], (0, 0, 0, text_len - len(rows[:text_len])))
-
-
-class TextEncoder:
-    """list[str] -> context [B, text_len, text_dim] fp32: UMT5 on each prompt's own tokens, zero-padded."""
-
-    def __init__(self, model, tokenize, text_len):
-        # transformers 5.0 to 5.2 leave these files' embedding at zero, which would silently drop the prompt.
-        embedding = model.encoder.embed_tokens.weight
-        if embedding.data_ptr() != model.shared.weight.data_ptr() or not embedding.any():
-            raise ValueError("the UMT5 embedding is not tied to its table or is zero: upgrade transformers")
-        self.model, self.tokenize, self.text_len = model.eval().requires_grad_(False), tokenize, text_len
-
-    @torch.no_grad()
-    def rows(self, prompt):
-        """[len, text_dim] of one prompt, its true tokens only."""
-        ids = self.tokenize(clean_prompt(prompt))
-        ids = ids if len(ids) <= self.text_len else ids[: self.text_len - 1] + ids[-1:]  # the end of text stays
-        ids = torch.tensor([ids], device=self.model.shared.weight.device)
-        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0].float()
-
-    def __call__(self, prompts):
-        return torch.stack([pad_context(self.rows(prompt), self.text_len) for prompt in prompts])
-
-
-def words_to_ids(prompt, vocab):
-    """Word-level tokens of the toy world: lower-case words, 2 for an unknown one, then 1 for the end."""
-    return [vocab.get(word, 2) for word in re.findall(r"\w+", prompt.lower())] + [1]
-
-
-def load_tokenizer(folder):
-    """str -> ids as tokenizer.json has it: transformers 5 builds T5's anew, with other ids for unknown characters."""
-    from tokenizers import Tokenizer
-    file = find_weights(Path(folder) / "tokenizer.json", "UMT5's tokenizer")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library's own is nothing more special
-        raise ValueError(f"expected UMT5's tokenizer at {file}, which cannot be read ({error})") from None
-    tokenizer.no_padding(), tokenizer.no_truncation()
-    return lambda prompt: tokenizer.encode(prompt).ids
-
-
-def load_text_encoder(path, device="cpu"):
-    """The text encoder of a preset's folder: the toy's, Wan's official file, or diffusers' `text_encoder/`.
-
-    The full-size one runs on `device` in bf16, as Wan's does. Raises ValueError naming the missing files.
-    """
-    from transformers import UMT5Config, UMT5EncoderModel
-    path = Path(path)
-    toy, official = path / "text.safetensors", path / "models_t5_umt5-xxl-enc-bf16.pth"
-    if toy.exists():
-        state, meta = read_state_dict(toy)
-        config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
-        vocab = {word: i for i, word in enumerate(words)}
-        text_len, tokenize = config.pop("text_len"), functools.partial(words_to_ids, vocab=vocab)
-        state = {key: value.float() for key, value in state.items()}
-    elif official.exists():
-        state, config, text_len = rename(read_state_dict(official)[0], T5_KEYS), UMT5_XXL, 512
-        tokenize = load_tokenizer(path / "google" / "umt5-xxl")
-    elif (path / "text_encoder" / "config.json").exists():
-        state = read_state_dict(path / "text_encoder")[0]
-        config, text_len = UMT5Config.from_pretrained(path / "text_encoder").to_dict(), 512
-        tokenize = load_tokenizer(path / "tokenizer")
-    else:
-        raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
-                         "text_encoder/")
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config))
-    if model.config.d_model == UMT5_XXL["d_model"]:
-        state = {key: value.to(torch.bfloat16) for key, value in state.items()}
-    assign(model, state, path)
-    model.encoder.embed_tokens = model.shared
-    return TextEncoder(model.to(device), tokenize, text_len)
-
-
-def encode_prompts(prompts, path, cache, device="cpu", wait=False):
-    """Encode every prompt once into `cache`, one file per prompt and encoder; return their reader.
-
-    The reader maps list[str] -> context [B, text_len, text_dim] as a TextEncoder does, without holding one
-    (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing. Files appear whole, so that several
-    processes may share the folder. wait: leave the encoding to another process.
-    """
-    cache = Path(cache)
-    cache.mkdir(parents=True, exist_ok=True)
-    kinds = "text.safetensors", "models_t5*.pth", "text_encoder/*", "google/umt5-xxl/tokenizer.json", "tokenizer/*.json"
-    files = [file for kind in kinds for file in sorted(Path(path).glob(kind))]
-    weights = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-
-    def file_of(prompt):
-        key = hashlib.sha256("\n".join([clean_prompt(prompt), *weights]).encode()).hexdigest()[:32]
-        return cache / f"{key}.safetensors"
-
-    encoder = None
-    for prompt in dict.fromkeys(prompts):
-        while wait and not file_of(prompt).exists():
-            time.sleep(0.2)
-        if not file_of(prompt).exists():
-            encoder = encoder or load_text_encoder(path, device)
-            rows = encoder.rows(prompt).to(encoder.model.dtype).cpu().contiguous()
-            part = file_of(prompt).with_suffix(f".{uuid.uuid4().hex}.part")
-            write_tensors({"rows": rows}, part, {"prompt": prompt, "text_len": str(encoder.text_len)})
-            part.rename(file_of(prompt))
-
-    def read(batch):
-        out = []
-        for prompt in batch:
-            state, meta = read_state_dict(file_of(prompt))
-            out.append(pad_context(state["rows"].float(), int(meta["text_len"])))
-        return torch.stack(out)
-    return read

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import assign, read_state_dict
+from weights import load_strict, read_state_dict
 
 PATCH, SIDES, GRID = 32, (224, 384), 10     # patch px, longer sides of the small scales, position table
 DIM, HEADS, MLP, LAYERS = 384, 6, 1152, 14
@@ -141,4 +141,4 @@ def load_musiq(path):
     state, _ = read_state_dict(path)
     with torch.device("meta"):
         net = MUSIQ()
-    return assign(net, state.get("params", state), path).eval().requires_grad_(False)
+    return load_strict(net, state.get("params", state), path).eval().requires_grad_(False)

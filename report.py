@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import REPO
-from raft import clip_beside_flow, common_scale, video_flow
-from sample import read_frames, write_video
+from flow_viz import clip_beside_flow, common_scale
+from raft import video_flow
+from video import read_frames, write_video
+from weights import REPO
 
 PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
 PICTURE_FRAMES = 161    # a picture shows at most this many frames: its memory must not grow with the video

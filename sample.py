@@ -1,4 +1,4 @@
-"""Prompts to videos, by the 3-step student or the 50-step teacher (UniPC with guidance); video files in and out.
+"""Prompts to videos, by the 3-step student or the 50-step teacher (UniPC with guidance).
 
     python sample.py --prompt "a red circle moving right quickly"                 one clip, sample.mp4
     python sample.py --prompts prompts.txt --num_videos 5 --out_dir samples       VBench's names, {prompt}-{i}.mp4
@@ -11,244 +11,31 @@ repeated prompts dropped) has the seed --seed + 100000 p + i, VBench's rule, wha
 """
 
 import argparse
-import contextlib
-import hashlib
 import itertools
 import json
 import math
-import os
-import sys
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
-import torch.nn.functional as F
-from av.video.reformatter import Interpolation
-from safetensors import safe_open
 from tqdm import tqdm
 
-from model import (NEGATIVE_PROMPT, REPO, WEIGHTS, encode_prompts, few_step, few_step_times, find_weights, load_dit,
-                   sample_noise, shift_time)
-from raft import check_size, clip_beside_flow, find_raft, load_raft, video_flow
+from cli import chosen_preset, one_line
+from flow_viz import clip_beside_flow
+from model import few_step, few_step_times, load_dit, sample_noise, shift_time
+from raft import check_size, find_raft, load_raft, video_flow
+from text import NEGATIVE_PROMPT, encode_prompts, read_prompts
 from vae import load_vae
+from video import open_video, write_video
+from weights import REPO, WEIGHTS, header
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
 WAN = dict(height=480, width=832, frames=81, fps=16.0, timesteps=(1000, 757, 522), batch_size=1)
 SAMPLING = {  # defaults of each preset: timesteps are the student's; Wan's shift and guidance are those of its README
-    "toy": dict(**TOY, shift=3.0, guidance=2.0, negative_prompt=""),
-    "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0, negative_prompt=NEGATIVE_PROMPT),
-    "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT),
+    "toy": dict(**TOY, shift=3.0, guidance=2.0, negative_prompt=NEGATIVE_PROMPT["toy"]),
+    "wan1.3b": dict(**WAN, shift=8.0, guidance=6.0, negative_prompt=NEGATIVE_PROMPT["wan1.3b"]),
+    "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT["wan14b"]),
 }
 TEACHER_STEPS = 50
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Video files
-
-SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-BT601, LIMITED = 6, 1  # ffmpeg's numbers of SMPTE 170M and of the range 16..235
-CHROMA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP  # the default rings at edges
-TOLERANCE = 2e-3       # seconds; Matroska rounds time stamps to 1 ms
-SEEK_MARGIN = 1.0      # seconds; containers seek by decoding time, which runs ahead of the time on show
-
-
-def write_video(path, x, fps, comment=""):
-    """Write pixels x [3, T, H, W], clamped to [-1, 1], as an H.264 mp4 of `fps` frames per second.
-
-    The file appears whole or not at all. comment goes into its metadata. Raises ValueError for odd sides.
-    """
-    if x.ndim != 4 or len(x) != 3 or 0 in x.shape or x.shape[2] % 2 or x.shape[3] % 2:
-        raise ValueError(f"{path}: expected [3, T, H, W] with even H and W (H.264), got {list(x.shape)}: crop or pad")
-    # CHOICE: rounded. Wan truncates, half a level too dark on average; this way 8 bits -> [-1, 1] -> 8 bits is exact.
-    x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"  # prompts make long names
-    try:
-        encode_h264(part, x.permute(1, 2, 3, 0).contiguous().numpy(), Fraction(fps).limit_denominator(1001), comment)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def encode_h264(path, images, fps, comment):
-    """Images uint8 [T, H, W, 3] at fps, a Fraction, into an mp4."""
-    with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        container.metadata["comment"] = comment
-        # crf 17 looks lossless. A fixed number of threads and cpu-independent make the bytes those of the pixels alone:
-        # x264's AVX-512 macroblock tree, which the latter leaves out, gave one small clip in twenty another file.
-        options = {"crf": "17", "preset": "medium", "x264-params": "cpu-independent=1"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width, stream.pix_fmt = *images.shape[1:3], "yuv420p"
-        codec = stream.codec_context
-        codec.thread_count, codec.color_range = 4, LIMITED
-        # CHOICE: BT.601, tagged as such: what readers assume of a file without a tag.
-        codec.colorspace = codec.color_primaries = codec.color_trc = BT601
-        for i, image in enumerate(images):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(
-                format="yuv420p", dst_colorspace=BT601, dst_color_range=LIMITED, interpolation=CHROMA)
-            frame.pts, frame.time_base = i, 1 / fps
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-@contextlib.contextmanager
-def open_video(path):
-    """A file's container and video stream; what ffmpeg finds wrong becomes one ValueError line that names the file."""
-    path = Path(path)
-    try:
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError(f"{path}: expected a video, the file is empty")
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: expected a video, the file has no video stream")
-            stream = container.streams.video[0]
-            if not (stream.average_rate or stream.guessed_rate):
-                raise ValueError(f"{path}: expected a frame rate, the file states none: remux it with one")
-            stream.thread_type, stream.codec_context.thread_count = "AUTO", 2  # there may be many worker processes
-            yield container, stream
-    except av.error.FFmpegError as error:
-        what = "no video, damaged or cut short" if isinstance(error, ValueError) else "cannot be read"
-        raise ValueError(f"{path}: {what} ({error.strerror})") from None
-
-
-def frame_rate(stream):
-    return float(stream.average_rate or stream.guessed_rate)
-
-
-def stated_duration(container, stream):
-    """Seconds the file says it lasts, or None; the lesser of two, since the container's may be its sound's."""
-    known = [float(stream.duration * stream.time_base)] if stream.duration else []
-    return min(known + ([container.duration / av.time_base] if container.duration else []), default=None)
-
-
-def video_info(path):
-    """(duration in s, frames per second, H, W) of a video, from header and first frame. Raises as read_video."""
-    with open_video(path) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise ValueError(f"{path}: expected a video, it has no frames")
-        H, W = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
-        duration = stated_duration(container, stream)
-        if duration is None:  # the header of a live recording: the last time stamp, without decoding
-            container.seek(0)
-            times = (p.pts * p.time_base for p in container.demux(stream) if p.pts is not None)
-            duration = float(max(times, default=0))
-        return duration, frame_rate(stream), H, W
-
-
-def timed_frames(path, container, stream, start):
-    """Yield (seconds since the first frame, frame) from the keyframe before `start` on, one frame in memory at a time.
-
-    CHOICE: damage counts from `start` to the last frame that the caller takes; what lies outside is not looked at.
-    """
-    step, seek, origin, t = 1 / frame_rate(stream), start > SEEK_MARGIN, None, None
-    counted = container.format.name == "avi"  # AVI has a constant rate and no time stamps; ffmpeg's are in coding order
-    if seek:
-        origin = float((stream.start_time or 0) * stream.time_base)
-        with contextlib.suppress(av.error.FFmpegError):  # a file without an index is decoded from its beginning
-            container.seek(int((origin + start - SEEK_MARGIN) / stream.time_base), stream=stream)
-    for frame in container.decode(stream):
-        origin = (frame.time or 0.0) if origin is None else origin
-        time = None if frame.time is None else frame.time - origin
-        if time is None or (t is not None and (counted or time <= t)):  # no time stamp, or a repeated one
-            time = t + step if t is not None else start if seek else 0.0
-        t = time
-        if frame.is_corrupt and t >= start - TOLERANCE:
-            raise ValueError(f"{path}: the frame at {t:.2f} s is damaged")
-        yield t, frame
-    duration = stated_duration(container, stream)
-    if duration and (t or 0) + 2 * step < 0.9 * duration:  # mkv and webm end early without an error
-        raise ValueError(f"{path}: ends at {t or 0:.2f} s of the {duration:.2f} s that it states, it is cut short")
-
-
-def resample(timed, fps, start, step):
-    """Of (time, frame) pairs, the frame on show at each of start + k / fps: the last one not after it."""
-    k, held, end = 0, None, 0.0
-    for t, frame in itertools.chain(timed, [(None, None)]):
-        t = end if frame is None else t
-        while held is not None and start + k / fps < t - TOLERANCE:
-            yield held
-            k += 1
-        if frame is not None:
-            held, end = frame, t + (float((frame.duration or 0) * frame.time_base) or step)
-
-
-def to_pixels(frame, size):
-    """A decoded frame, upright, as uint8 RGB [3, H, W]; with a size (H, W), resized to cover it and cut to its centre.
-
-    CHOICE: swscale's default conversion, a level too dark on average: OpenCV and decord, hence VBench, read with it.
-    """
-    x = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-    x = torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
-    (h, w), (H, W) = x.shape[1:], size or x.shape[1:]
-    scale = max(H / h, W / w)
-    if scale != 1:
-        cover = max(H, round(h * scale)), max(W, round(w * scale))
-        x = F.interpolate(x[None], cover, mode="bicubic", antialias=True)[0]
-    top, left = (x.shape[1] - H) // 2, (x.shape[2] - W) // 2
-    return x[:, top : top + H, left : left + W]
-
-
-def read_frames(path, fps=None, size=None, start=0.0):
-    """Yield a video's frames from `start` seconds on, uint8 [3, H, W], holding one at a time; else as read_video."""
-    with open_video(path) as (container, stream):
-        timed = timed_frames(path, container, stream, start)
-        shown = (frame for t, frame in timed if t >= start - TOLERANCE)
-        for frame in shown if fps is None else resample(timed, fps, start, 1 / frame_rate(stream)):
-            yield to_pixels(frame, size)
-
-
-def read_video(path, frames=None, size=None, fps=None, place=0.0):
-    """Read a clip: x [3, T, H, W] in [-1, 1], and the frame rate of the file.
-
-    frames: how many, default all. size: (H, W), covered and centre-cropped. fps: resample by time stamps to this rate,
-    each frame being the one on show at its time (repeated where the file is slower); default every frame. place: which
-    run of `frames`, 0 the first to 1 the last; no more than it needs is decoded.
-    Raises ValueError, one line naming the file: no video, damaged or cut short within the run, or too short.
-    """
-    duration, source, *_ = video_info(path)
-    rate = fps or source
-    start = place * max(0.0, duration - frames / rate) if frames else 0.0
-    clip = list(itertools.islice(read_frames(path, fps, size, start), frames))
-    if len(clip) < (frames or 1):
-        after = f" after {start:.2f} s" if start else ""
-        raise ValueError(f"{path}: has {len(clip)} frames at {rate:g} fps{after}, {frames or 1} needed")
-    return torch.stack(clip, dim=1).float().div_(127.5).sub_(1), source
-
-
-def video_files(folder):
-    """Every video under a folder, sorted, but for sample.py's flow pictures; ValueError if there is none.
-
-    Links are followed, also those to folders.
-    """
-    files, seen = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()  # where links lead to a folder twice, the same way is found on every machine
-        real = os.path.realpath(here)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        files += [Path(here) / name for name in names if Path(name).suffix.lower() in SUFFIXES]
-    files = sorted(p for p in files if not p.name.endswith(".flow.mp4"))
-    if not files:
-        raise ValueError(f"expected a folder with videos ({', '.join(SUFFIXES)}) in it, found none in {folder}")
-    return files
-
-
-def read_prompts(path):
-    """The lines of a text file less blanks and # comments; ValueError, naming it, if it is missing, binary or empty."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a text file with one prompt a line, got {path} ({type(error).__name__})") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"expected at least one prompt in {path}, got none")
-    return prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,7 +126,7 @@ def parse_flags(argv):
     flag("--out", help="file of a single video, overwritten; default sample.mp4")
     flag("--out_dir", help="folder of several videos, of which those already there are kept; default samples")
     flag("--flow", action="store_true", help="also write OUT_DIR-flow/NAME.flow.mp4, clip beside flow")
-    flag("--preset", default="auto", choices=["auto", *SAMPLING], help="auto: wan1.3b where there is CUDA, else toy")
+    flag("--preset", default="auto", help=f"{', '.join(SAMPLING)}; auto: wan1.3b where there is CUDA, else toy")
     flag("--height", type=int, help="pixels, divisible by 16")
     flag("--width", type=int, help="pixels, divisible by 16")
     flag("--frames", type=int, help="1 + 4k")
@@ -360,13 +147,6 @@ def parse_flags(argv):
     return parser.parse_args(argv)
 
 
-def header(path):
-    """String metadata of a .safetensors file, or of the one in a folder; {} without a path or where there is none."""
-    with contextlib.suppress(Exception), safe_open(find_weights(path), "pt") as file:
-        return file.metadata() or {}
-    return {}
-
-
 def find_device(name):
     """The torch device of that name; ValueError if this machine has none, or none that the networks run on."""
     try:
@@ -380,11 +160,11 @@ def find_device(name):
 
 def resolve(args):
     """Fill in from the preset's row what the flags leave open; raise ValueError for what cannot be sampled."""
-    if args.preset == "auto":
-        here = ("wan1.3b", "CUDA here") if torch.cuda.is_available() else ("toy", "no CUDA here")
-        stated = header(args.generator).get("preset")
-        args.preset, why = (stated, "the generator's") if stated in SAMPLING else here
-        print(f"preset {args.preset} ({why}; --preset {', '.join(SAMPLING)} to choose)")
+    stated = header(args.generator).get("preset")
+    if args.preset == "auto" and stated in SAMPLING:
+        args.preset = stated
+        print(f"preset {stated}, the generator's")
+    args.preset = chosen_preset(args.preset, SAMPLING)
     args.weights = Path(args.weights or WEIGHTS[args.preset])
     for key, value in SAMPLING[args.preset].items():
         if key != "shift" and getattr(args, key, None) is None:  # a student's file may state its shift
@@ -425,7 +205,7 @@ def choose_generator(args):
     args.generator = str(student)
     args.shift = args.shift or sampler.get("shift", SAMPLING[args.preset]["shift"])
     how = f"UniPC, guidance {args.guidance:g}" if args.teacher else "few-step"
-    cycle = f", cycle {meta['step']}" if "step" in meta else ""
+    cycle = f", cycle {meta['cycle']}" if "cycle" in meta else ""
     print(f"generator {args.generator}{cycle}: {args.steps} steps ({how})")
     return meta
 
@@ -443,7 +223,7 @@ def plan(args, prompts, meta):
     """(prompt, seed, path, comment) of each video that is still to be made; comment holds its settings as JSON."""
     keys = ["preset", "generator", "steps", "shift", "timesteps", "height", "width", "frames", "fps", "dtype"]
     keys += ["guidance", "negative_prompt"] * args.teacher
-    settings = {key: getattr(args, key) for key in keys} | dict(cycle=meta.get("step"))
+    settings = {key: getattr(args, key) for key in keys} | dict(cycle=meta.get("cycle"))
     one, jobs = len(prompts) * args.num_videos == 1 and not args.out_dir, []
     if args.out and not (one and args.out.endswith(".mp4")):
         raise ValueError(f"--out takes one .mp4, got {args.out} for {len(prompts) * args.num_videos}: see --out_dir")
@@ -520,14 +300,9 @@ def run(argv):
 
 
 def main(argv=None):
-    """The command line; returns its exit status."""
-    try:
-        run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    with one_line("sample.py"):
+        run(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import assign, read_state_dict, rename, save_weights
+from weights import load_strict, read_state_dict, rename, save_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers: (x, past, after) -> y. x and y are lists of frames [B, C, H, W], so that slicing in time copies nothing. A
@@ -556,7 +556,7 @@ def load_vae(path, dtype=torch.float32):
         vae = WanVAE(vae_config(state, meta, path))
     # In another layout every convolution would reorder its weights anew.
     state = {key: channels_last(v.to(dtype)) if v.ndim == 5 else v.to(dtype) for key, v in state.items()}
-    return assign(vae, state, path).requires_grad_(False).eval()
+    return load_strict(vae, state, path).requires_grad_(False).eval()
 
 
 def save_vae(vae, path, **metadata):

@@ -26,9 +26,11 @@ from torch import Tensor
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-import model                                                                                       # noqa: E402
-from model import NEGATIVE_PROMPT, DiTConfig, WanDiT, add_noise, few_step, few_step_times          # noqa: E402
-from model import load_dit, load_text_encoder, sample_noise, save_dit, shift_time, write_tensors   # noqa: E402
+import text                                                                                        # noqa: E402
+from model import DiTConfig, WanDiT, add_noise, few_step, few_step_times                           # noqa: E402
+from model import load_dit, sample_noise, save_dit, shift_time                                     # noqa: E402
+from text import WAN_NEGATIVE, load_text_encoder                                                # noqa: E402
+from weights import write_tensors                                                                  # noqa: E402
 from raft import CONFIGS as RAFTS, RAFT, save_raft                                                 # noqa: E402
 from toy.world import ADVERBS, COLOURS, DIRECTIONS, FRAMES, PROMPTS, SHAPES, SIZE                  # noqa: E402
 from toy.world import attributes, clips, held_out, score                                           # noqa: E402
@@ -403,7 +405,7 @@ def train_text(steps: int) -> None:
 def context_table() -> tuple[Tensor, Tensor]:
     """Contexts [216, text_len, text_dim] of PROMPTS, and [2, ...] of what stands for none: "" and Wan's negative."""
     encoder = load_text_encoder(OUT)
-    return encoder(PROMPTS).to(DEVICE), encoder(["", NEGATIVE_PROMPT]).to(DEVICE)
+    return encoder(PROMPTS).to(DEVICE), encoder(["", WAN_NEGATIVE]).to(DEVICE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -627,7 +629,7 @@ def export_teacher(net: WanDiT, ema: dict, vae: WanVAE, step: int, batch: int, s
 # Student
 
 STUDENT = {"timesteps": (1000, 857, 600), "shift": 3.0}     # three steps; their noise levels are 1, .857 and .6
-DMD = ["--batch", "16", "--micro_batch", "8", "--fake_steps", "3", "--lr_generator", "2e-4", "--guidance", "1",
+DMD = ["--batch", "16", "--micro_batch", "8", "--fake_updates", "3", "--lr_generator", "2e-4", "--guidance", "1",
        "--ema", ".97"]                                     # guidance 1 is GUIDANCE - 1
 
 
@@ -647,7 +649,7 @@ def train_student(steps: int) -> None:
     """Distil the teacher by train.py itself: its DMD warm-up alone, on two processes, resumable like all its runs."""
     began, out = time.time(), RUNS / "student"
     command = ["--nproc_per_node", "2", "--master_port", str(PORT + 1), str(REPO / "train.py"), "--preset", "toy",
-               "--generator", str(OUT / "teacher.safetensors"), "--out", str(out), "--warmup_steps", str(steps),
+               "--generator", str(OUT / "teacher.safetensors"), "--out", str(out), "--dmd_warmup", str(steps),
                "--steps", "0", "--fake_warmup", "0", "--discriminator_warmup", "0", "--samples", "0",
                "--save_every", "50", *DMD]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], check=True, cwd=REPO)

@@ -1,0 +1,164 @@
+"""Weight files: read any public layout, write safetensors, load strictly.
+
+A network's attributes carry the official checkpoint's key names, so that a file in official keys loads without a
+converter; other layouts are renamed here. Nothing in this file knows a network.
+"""
+
+import functools
+import json
+import os
+import re
+import zipfile
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+REPO = Path(__file__).resolve().parent
+WEIGHTS = {  # the folder of each preset; the full-size ones are the hub repositories' own layout
+    "toy": REPO / "toy" / "weights",
+    "wan1.3b": REPO / "weights" / "Wan2.1-T2V-1.3B",
+    "wan14b": REPO / "weights" / "Wan2.1-T2V-14B",
+}
+
+
+def find_weights(path, what="weights"):
+    """The weights file behind a path: a file, a folder (official, diffusers, ours) or a hub 'owner/name'."""
+    path = Path(path)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        from huggingface_hub import snapshot_download
+        try:
+            kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
+            path = Path(snapshot_download(str(path), allow_patterns=kinds, ignore_patterns=other))
+        except Exception as error:  # offline, misspelt, gated: to the caller each is a missing file
+            raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none "
+                             f"({type(error).__name__})") from None
+    if path.is_dir():
+        names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+                 "model.safetensors", "model.safetensors.index.json", "generator.safetensors",
+                 "teacher.safetensors", "model.pt"]
+        found = [p / n for p in (path, path / "transformer") for n in names if (p / n).exists()]
+        if not found:
+            raise ValueError(f"expected {what} in {path}: none of {', '.join(names[:2])}, ... is there")
+        path = found[0]
+    if not path.exists():
+        raise ValueError(f"expected {what} at {path}: no such file (to download: README, 'Full size')")
+    return path
+
+
+# AMT's file has its optimizer beside the weights; learning rates are numpy scalars there, which torch.load refuses
+# unless they are allowed, under the names of numpy 1 and 2.
+NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
+                *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def read_state_dict(path, entry=None):
+    """Tensors and string metadata of a .safetensors, an index.json of shards, or a .pt/.pth (no other objects).
+
+    entry: the network to read from a training checkpoint (CausVid, Self-Forcing); default its generator, EMA first.
+    Raises ValueError, naming the file, when it is missing, truncated or not a weights file.
+    """
+    path = find_weights(path)
+    state, meta, shards = {}, {}, []
+    try:
+        if path.suffix == ".json":
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        elif path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+        else:
+            mmap = zipfile.is_zipfile(path)  # files from before torch 1.6 (RAFT's) are plain streams
+            with torch.serialization.safe_globals(NUMPY_SCALAR):
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise ValueError(f"expected a weights file, got {path}, which cannot be read "
+                         f"({type(error).__name__}): it may be cut short, or hold more than tensors") from None
+    for shard in shards:
+        state.update(read_state_dict(path.parent / shard)[0])
+    if not isinstance(state, dict):
+        raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
+    dicts = [name for name, value in state.items() if isinstance(value, dict)]
+    if entry and dicts and entry not in dicts:
+        raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
+    for name in entry, "generator_ema", "generator", "model", "state_dict":
+        if name in dicts:
+            return state[name], meta
+    return state, meta
+
+
+def header(path):
+    """String metadata of a .safetensors file, or of the one in a folder; {} without a path or where there is none."""
+    with suppress(Exception), safe_open(find_weights(path), "pt") as file:
+        return file.metadata() or {}
+    return {}
+
+
+def write_tensors(state, path, metadata=None):
+    """Write a .safetensors that others may read as any new file: the library's are for their owner alone."""
+    save_file(state, path, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def save_weights(state, config, path, metadata):
+    """Write tensors to a .safetensors whose header holds the config, as JSON, and the metadata, as strings."""
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
+    write_tensors(state, path, {"format": "pt", **header})
+
+
+def load_strict(module, state, source):
+    """Load state strictly into a module, on meta or not; ValueError names the first wrong keys."""
+    want = {key: value.shape for key, value in module.state_dict().items()}
+    wrong = [f"missing {key}" for key in want.keys() - state.keys()]
+    wrong += [f"unexpected {key}" for key in state.keys() - want.keys()]
+    wrong += [f"{key} is {list(state[key].shape)}, not {list(want[key])}"
+              for key in want.keys() & state.keys() if state[key].shape != want[key]]
+    if wrong:
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {len(wrong)} of {len(want)} keys "
+                         f"differ ({'; '.join(sorted(wrong)[:3])}{'; ...' if len(wrong) > 3 else ''})")
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layouts: other names for the official keys
+
+
+PREFIXES = [  # of FSDP1; of ComfyUI, CausVid and rCM
+    (r"_fsdp_wrapped_module\.", ""), (r"^(model\.diffusion_model\.|model\.|net\.)+", ""),
+]
+FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."), (r"^proj_out\.", "head.head."),
+    (r"^scale_shift_table$", "head.modulation"), (r"\.scale_shift_table$", ".modulation"),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.0\.", ".o."), (r"\.to_([qkv])\.", r".\1."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."), (r"\.ffn\.net\.2\.", ".ffn.2."),
+    (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+]
+
+
+def rename(state, rules):
+    """A state dict with every (pattern, replacement) applied to its keys, in order."""
+    def renamed(key):
+        return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
+    return {renamed(key): value for key, value in state.items()}
+
+
+def official_dit(state):
+    """A DiT state dict of any public layout under the official keys."""
+    state = rename(state, PREFIXES)
+    if "condition_embedder.time_proj.weight" in state:
+        state = rename(state, FROM_DIFFUSERS)
+    patch = state.get("patch_embedding.weight")
+    if patch is not None and patch.ndim == 2:  # rCM stores the same numbers as a linear layer
+        state["patch_embedding.weight"] = patch.view(len(patch), -1, 1, 2, 2)
+    return state
