@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -1319,6 +1321,26 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("train.py: ") and re.search(message, last), (flags, last)
     assert not (tmp_path / "run").exists()  # nothing was begun, so nothing is lost
+
+
+def test_every_hack_applies_and_trains(tmp_path):
+    weights, root = tiny_weights(tmp_path / "weights"), Path(__file__).parent
+
+    def failure(patch):
+        """What is wrong with a patch in a clean copy of the repository, or None."""
+        copy, text = tmp_path / patch.stem, patch.read_text()
+        shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".*", "runs", "golden", "benchmarks", "weights"))
+        flags = [*SHORT, "--cycles", "2", "--samples", "1", "--weights", weights, "--out", copy / "run"]
+        command = f"git apply {patch} && {shlex.join(map(str, [sys.executable, 'train.py', *flags]))}"
+        env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}  # no repository around: plain files
+        done = subprocess.run(command, shell=True, cwd=copy, env=env, capture_output=True, text=True)
+        changed = len(re.findall(r"^[+-](?!\+\+|--)", text, re.M))
+        if done.returncode or changed > 40 or not text.startswith("# "):
+            return f"{patch.name}, {changed} lines: {done.stderr[-500:]}"
+
+    patches = sorted((root / "hacks").glob("*.patch"))
+    with ThreadPoolExecutor(2) as pool:
+        assert len(patches) >= 9 and [line for line in pool.map(failure, patches) if line] == []
 
 
 def test_help_tells_every_flag(capsys):
