@@ -139,7 +139,7 @@ class Log:
             path.with_suffix(".part").rename(path)
 
     def write(self, values):
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # of rank 0
             torch.cuda.reset_peak_memory_stats()
         if rank() == 0:

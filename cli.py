@@ -30,17 +30,18 @@ def print0(line):
         sys.stdout.flush()
 
 
-def setup(ranks=0):
+def setup(ranks=0, cpu=False):
     """Start the process group (one process included); returns the device and the mesh to shard over.
 
-    ranks: how many share one copy of the parameters; 0: those of a node. ValueError if they do not divide the
+    ranks: how many share one copy of the parameters; 0: those of a node. cpu: even where there is CUDA. ValueError if they do not divide the
     processes, or if there are more processes on this node than GPUs.
     """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "0" if world() == 1 else "29500")  # 0: any free one
-    cuda, cards, local = torch.cuda.is_available(), torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    cuda, cards = torch.cuda.is_available() and not cpu, torch.cuda.device_count()
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
     expect(not cuda or local <= cards, f"at most {cards} processes on this node, one a GPU",
            f"{local}: see torchrun --nnodes at the top of train.py")
     ranks = ranks or local

@@ -143,7 +143,7 @@ def parse_flags(argv):
     flag("--raft", help="for --flow; default in the weights folder or weights/raft-things.pth")
     flag("--cache", default=str(REPO / "runs" / "contexts"), help="folder of encoded prompts")
     flag("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the DiT; auto: bf16 on CUDA, else fp32")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flag("--device", help="default cuda where there is one, but cpu for toy")
     return parser.parse_args(argv)
 
 
@@ -174,6 +174,7 @@ def resolve(args):
         raise ValueError(f"expected --frames 1 + 4k (17, 49, 81), got {args.frames}: try {near}")
     if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
         raise ValueError(f"expected --height and --width divisible by 16, got {args.height} x {args.width}")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() and args.preset != "toy" else "cpu")
     device = find_device(args.device)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"

@@ -315,7 +315,7 @@ def train(cfg):
     if keys:
         reals = itertools.chain([next(reals)], reals)  # the first ones now: there may be no usable video
 
-    device, mesh = setup(cfg.shard)
+    device, mesh = setup(cfg.shard, cpu=cfg.preset == "toy")
     # The text encoder comes first and goes before the rest is loaded; one process a node runs it, the others wait.
     fixed = NEGATIVE_PROMPT[cfg.preset], PROMPT
     contexts = encode_prompts([*prompts, *fixed], cfg.weights, out.parent / "contexts", device,

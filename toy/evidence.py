@@ -6,8 +6,9 @@
     python toy/evidence.py picture                        # toy/pictures/motion.png (pip install matplotlib)
 
 All arms start from the shipped student and one fake score fitted to it, and differ from `mogan`, the preset as it
-stands, by the flags in ARMS only. They are judged on the 200 held-out pairs of prompt and noise, the same for every
-arm. A run is one process, so that two arms fit on two cores: --jobs 2.
+stands, by the flags and patches in ARMS only; a patched arm trains in a copy of the repository. They are judged on
+the 200 held-out pairs of prompt and noise, the same for every arm. A run is one process, so that two arms fit on two
+cores: --jobs 2.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,34 +29,35 @@ import torch
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
+from flow_viz import flow_legend, flow_to_color  # noqa: E402
 from model import load_dit  # noqa: E402
-from raft import flow_legend, flow_to_color, load_raft, video_flow  # noqa: E402
+from raft import load_raft, video_flow  # noqa: E402
 from toy.make_weights import DEVICE, GUIDANCE, few_step_clips, sample_clips  # noqa: E402
 from toy.world import clips, draw, held_out, measure, prompt  # noqa: E402
 from vae import load_vae  # noqa: E402
 
 WEIGHTS, RUNS, RESULTS = REPO / "toy" / "weights", REPO / "runs" / "evidence", REPO / "toy" / "evidence.json"
-START = "--warmup_steps 0 --discriminator_warmup 0 --steps 0 --fake_warmup 50"
+START = "--dmd_warmup 0 --discriminator_warmup 0 --cycles 0 --fake_warmup 50"
 FIXED = ("renders", "vae", "teacher", "student")  # nothing to train
 ARMS = {
     "mogan": "",
-    "dmd": "--warmup_steps 120 --discriminator_warmup 0 --steps 0",  # as many generator updates as mogan's 2 x 60
+    "dmd": "--dmd_warmup 120 --discriminator_warmup 0 --cycles 0",  # as many generator updates as mogan's 2 x 60
     # Table 2
-    "no_dmd": "--no_dmd",
-    "no_r": "--no_r",
+    "no_dmd": "--no-dmd",
+    "no_r": "--lambda_r1 0 --lambda_r2 0",
     "latent_gan": "--latent_gan",
     # open choices: the stronger penalty and the VAE's blur on real clips in full, the rest at half the length
     "r_strong": "--lambda_r1 3 --lambda_r2 3",
-    "roundtrip": "--real_roundtrip",
-    "mogan_30": "--steps 30",
-    "r_printed": "--steps 30 --r_form printed",
-    "t_random": "--steps 30 --t_star random",
-    "algorithm": "--steps 30 --order algorithm",
-    "first_window": "--steps 30 --window_start first",
-    "scale_1": "--steps 30 --flow_scale 1",
-    "scale_9": "--steps 30 --flow_scale 9",
-    "two_optimizers": "--steps 30 --gan_optimizer",
-    "ema": "--steps 30 --ema 0.9",  # judged by its averaged generator
+    "roundtrip": "real_roundtrip.patch",
+    "mogan_30": "--cycles 30",
+    "r_printed": "--cycles 30 --lambda_r1 .00075 --lambda_r2 .00075",  # Eq. 6-7 as printed: sigma^2 times 0.3
+    "t_random": "--cycles 30 random_t_star.patch",
+    "algorithm": "--cycles 30 order.patch",
+    "first_window": "--cycles 30 first_window.patch",
+    "scale_1": "--cycles 30 --flow_scale 1",
+    "scale_9": "--cycles 30 --flow_scale 9",
+    "two_optimizers": "--cycles 30 two_optimizers.patch",
+    "ema": "--cycles 30 --ema 0.9",  # judged by its averaged generator
 }
 COLUMNS = {  # figures of world.measure, and how the tables call them
     "dynamic": "over 1 px/frame", "plain_speed": "no adverb, px/frame", "slowly": "slowly", "quickly": "quickly",
@@ -64,21 +67,42 @@ COLUMNS = {  # figures of world.measure, and how the tables call them
 DIFFERENCES = ("dynamic", "path_speed", "jitter", "iou", "one_blob", "shape", "jitter_fast", "iou_fast")
 CONTROLS = {"dmd": ("teacher", "student", "mogan", "no_dmd", "no_r", "latent_gan"),
             "mogan": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
-            "mogan_30": [arm for arm, flags in ARMS.items() if flags.startswith("--steps 30 ")]}
+            "mogan_30": [arm for arm, flags in ARMS.items() if flags.startswith("--cycles 30 ")]}
 LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
 
 
+def patched(name, patches):
+    """A copy of the repository under runs/ with hacks/ applied; the repository itself where there are none."""
+    if not patches:
+        return REPO
+    copy = RUNS / f"{name}-code"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "golden", "benchmarks", "hacks"))
+    for patch in patches:
+        subprocess.run(["git", "apply", REPO / "hacks" / patch], cwd=copy, check=True,
+                       env={**os.environ, "GIT_CEILING_DIRECTORIES": str(RUNS)})
+    return copy
+
+
 def train(name, flags, seed):
-    """Run train.py, or go on with it, in runs/evidence/NAME."""
-    out = RUNS / name
-    command = [sys.executable, REPO / "train.py", "--preset", "toy", "--out", out, "--seed", str(seed),
-               "--samples", "0", "--workers", "1", *flags.split()]
+    """Run train.py, patched where the flags name a patch, or go on with it, in runs/evidence/NAME."""
+    out, flags = RUNS / name, flags.split()
     out.mkdir(parents=True, exist_ok=True)
+    code = patched(name, [flag for flag in flags if flag.endswith(".patch")])
+    command = [sys.executable, code / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out, "--seed", str(seed),
+               "--samples", "0", "--workers", "1", *(flag for flag in flags if not flag.endswith(".patch"))]
     with open(out / "train.log", "a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env)
     if done.returncode:
         sys.exit(f"evidence.py: train.py failed on {name}, see {out / 'train.log'}")
+
+
+def read_results():
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not isinstance(results, dict):
+        sys.exit(f"evidence.py: expected figures by arm in {RESULTS}, got a {type(results).__name__}: move it away")
+    return results
 
 
 def renders(prompts):
@@ -110,7 +134,7 @@ def pixels_of(name, seed, pairs):
 
 def run(arms, seeds, jobs):
     pairs = held_out(200)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = read_results()
     todo = [(arm, seed) for seed in seeds for arm in arms if arm not in FIXED or seed == 0]
     done = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" in results]
     for arm, seed in done:
@@ -136,7 +160,9 @@ def run(arms, seeds, jobs):
             row["log"] = {key: round(sum(values) / len(values), 5) for key, values in log.items() if values}
         results[f"{arm}-{seed}"] = row
         text = json.dumps(results, sort_keys=True).replace("NaN", "null").replace('}, "', '},\n"')
-        RESULTS.write_text(text + "\n")
+        part = RESULTS.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.rename(RESULTS)  # a kill leaves the old ones
         print(f"{arm}-{seed}", {key: round(value.nanmean().item(), 3) for key, value in figures.items()}, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -168,7 +194,7 @@ def bootstrap(a, b, rounds=2000):
 
 def table():
     """The means of every arm, then the differences from the control, or for the open choices from mogan."""
-    results = json.loads(RESULTS.read_text())
+    results = read_results()
     head = lambda *cells: "\n| " + " | ".join(cells) + " |\n|---" + "|---:" * (len(cells) - 1) + "|"
     print(head("arm", "seeds", *COLUMNS.values()))
     for arm in (*FIXED, *ARMS):
