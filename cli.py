@@ -33,8 +33,8 @@ def print0(line):
 def setup(ranks=0, cpu=False):
     """Start the process group (one process included); returns the device and the mesh to shard over.
 
-    ranks: how many share one copy of the parameters; 0: those of a node. cpu: even where there is CUDA. ValueError if they do not divide the
-    processes, or if there are more processes on this node than GPUs.
+    ranks: how many share one copy of the parameters; 0: those of a node. cpu: even where there is CUDA.
+    ValueError if they do not divide the processes, or if there are more processes on this node than GPUs.
     """
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="localhost")
     for key, value in alone.items():
@@ -54,6 +54,13 @@ def setup(ranks=0, cpu=False):
     device = "cuda" if cuda else "cpu"
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     return torch.device(device), mesh
+
+
+def gathered(items):
+    """The items of every rank's list, in one list on each."""
+    everyone = [None] * world()
+    dist.all_gather_object(everyone, items)
+    return sum(everyone, [])
 
 
 def given_flags(config, argv, description):

@@ -31,7 +31,7 @@ def motion_tensor(flow, scale=16.0):
 
 
 class PredictionHead(nn.Module):
-    """A learned token cross-attends to one block's output, then a small MLP (as in APT, arXiv 2501.08316)."""
+    """A learned token cross-attends to one block's output, then an MLP. CHOICE: as in APT (arXiv 2501.08316)."""
 
     def __init__(self, cfg):
         super().__init__()

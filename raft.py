@@ -344,7 +344,8 @@ def video_flow(raft, x, iters=12, group=None):
     """Flow [B, 2, T-1, H, W] in px/frame between consecutive frames of x [B, 3, T, H, W], pixels in [-1, 1].
 
     Equals RAFT pair by pair, but each frame's features are computed once, and backward holds the activations of
-    `group` frames or pairs at a time (default: what GROUP_PIXELS holds). Raises ValueError for fewer than two frames or sides under raft.cfg.min_size.
+    `group` frames or pairs at a time, by default of GROUP_PIXELS. Raises ValueError for fewer than two frames or sides
+    under raft.cfg.min_size.
     """
     B, _, T, H, W = x.shape
     if T < 2:

@@ -6,7 +6,7 @@
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes: bf16 took eight times as long
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes
 
 import copy
 import inspect

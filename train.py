@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import checkpoint
-from cli import chosen_preset, expect, given_flags, one_line, print0, rank, setup, world
+from cli import chosen_preset, expect, gathered, given_flags, one_line, print0, rank, setup, world
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
 from flow_viz import clip_beside_flow
 from model import (Draw, add_noise, few_step, few_step_times, load_dit, sample_noise, seed_of, shift_time,
@@ -57,10 +57,10 @@ class Config:
     frames: int = 81                # 1 + 4k
     workers: int = 2                # processes per rank that decode real videos ahead of the step
     # length of each phase
-    cycles: int = 800               # full MoGAN cycles (App. B)
-    dmd_warmup: int = -1            # cycles of DMD alone first, to a 3-step start; -1: 600 from the teacher, else 0
+    cycles: int = 800               # full MoGAN cycles; CHOICE: what App. B calls 800 steps
+    dmd_warmup: int = -1            # cycles of DMD alone first; -1: 600 from the teacher, 0 from a 3-step student
     fake_warmup: int = -1           # cycles of the fake score alone at first; -1: 50 for a student without --fake_score
-    discriminator_warmup: int = 20  # cycles of fake score and discriminator heads, before the first full one
+    discriminator_warmup: int = 20  # CHOICE: cycles of fake score and discriminator heads, before the first full one
     # optimisation
     batch: int = 16                 # samples of a generator or fake-score update, over all ranks
     discriminator_batch: int = 64   # generated clips, and as many real, of its update; at most batch * fake_updates
@@ -71,9 +71,9 @@ class Config:
     ema: float = 0.0                # decay of an averaged generator, exported beside the plain one; 0: none
     dtype: str = "auto"             # compute: bf16, fp32; auto: bf16 on CUDA. Master weights are fp32
     # few-step sampler and distribution matching
-    timesteps: tuple = (1000, 757, 522)  # of the few-step sampler
+    timesteps: tuple = (1000, 757, 522)  # CHOICE: of the few-step sampler, CausVid's
     shift: float = 8.0              # of the noise levels, towards noise
-    guidance: float = 3.5           # w of x_pos + w (x_pos - x_neg), the usual scale minus 1
+    guidance: float = 3.5           # CHOICE: w of x_pos + w (x_pos - x_neg), the usual scale minus 1; CausVid's
     fake_updates: int = 4           # of the fake score, a cycle
     dmd: bool = True                # distribution matching; without it the ablation "no DMD" of Table 2
     # flow GAN
@@ -83,7 +83,7 @@ class Config:
     lambda_r2: float = 0.3          # weight of R2; ten times more: less motion, less jitter on the toy world
     sigma: float = 0.01             # standard deviation of the noise of R1 and R2
     window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
-    raft_iters: int = 12            # refinements of a flow
+    raft_iters: int = 12            # CHOICE: refinements of a flow, RAFT's training length
     flow_scale: float = 16.0        # px/frame, near the real clips' speed: five times that taught nothing (toy)
     taps: tuple = (7, 13, 15)       # DiT blocks with a head; the last is the discriminator's last
     latent_gan: bool = False        # the discriminator sees the video's latents, not its flow: ablation of Table 2
@@ -123,8 +123,9 @@ def parse_flags(argv=None):
     cfg.generator = cfg.generator or (str(student) if student.exists() else "")
     begun = checkpoint.begun_with(cfg.out)
     if cfg.dmd_warmup < 0:
+        # CHOICE: 600 cycles of 16, 9,600 samples at 1e-5, to a 3-step start; the paper takes one and tells no length.
         cfg.dmd_warmup = begun.get("dmd_warmup", 0 if cfg.generator else 600)
-    if cfg.fake_warmup < 0:  # the fake score starts from the teacher, which a distilled generator has left
+    if cfg.fake_warmup < 0:  # CHOICE: the fake score starts as the teacher, which a distilled generator has left
         cfg.fake_warmup = begun.get("fake_warmup", 50 if cfg.generator and not cfg.fake_score else 0)
     if not cfg.dmd:
         cfg.dmd_warmup = cfg.fake_warmup = 0
@@ -161,7 +162,7 @@ def shard(net, mesh, dtype, cfg):
         block.checkpointing = cfg.checkpointing
         if cfg.shard != 1:  # a copy each is reduced in one piece, which is faster for a small network
             fully_shard(block, mesh=mesh, mp_policy=policy(dtype))
-    if dtype and trunk is not net:  # a discriminator's heads in fp32: bf16 cannot tell the logits of R1 and R2 apart
+    if dtype and trunk is not net:  # CHOICE: a discriminator's heads in fp32: R1 and R2 compare logits bf16 cannot tell
         for part in *net.heads, net.logit:
             fully_shard(part, mesh=mesh, mp_policy=policy(None))
     return fully_shard(net, mesh=mesh, mp_policy=policy(dtype))
@@ -307,7 +308,6 @@ def train(cfg):
         return print0(f"nothing left to train: the run in {out} has done its {last} cycles (--out for another run)")
     if "dmd_warmup" in phases[start:]:
         print0(f"{cfg.dmd_warmup} cycles of DMD come first (cost.py: what they take); --generator STUDENT spares them")
-    f = 1 + (cfg.frames - 1) // 4
     keys = [[(cycle, i) for i in index] for cycle in range(max(start, cfg.fake_warmup + cfg.dmd_warmup), last)
             for index, _ in discriminator_micro_batches(cfg)]
     real_frames = cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window
@@ -332,7 +332,7 @@ def train(cfg):
     state = checkpoint.live_state(nets, optimizers, ema)
     checkpoint.load(cfg.out, state)
     passes = LATENTS_PER_PASS, cfg.checkpointing  # of the VAE
-    shape = (teacher.cfg.in_dim, f, cfg.height // 8, cfg.width // 8)  # of a latent clip, [C, f, h, w]
+    shape = teacher.cfg.in_dim, 1 + cfg.frames // 4, cfg.height // 8, cfg.width // 8  # of a latent clip, [C, f, h, w]
     for net in nets.values():  # FSDP fixes a net's gradient dtype at its first forward, before the loop freezes any
         with torch.no_grad():
             net(torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device), motion_context)
@@ -349,7 +349,7 @@ def train(cfg):
         return shift_time(draw.uniform("t"), cfg.shift).clamp(T_MIN, T_MAX).to(device)
 
     def encode_motion(x):
-        """Pixels [B, 3, T, H, W] -> the latents [B, C, f, h, w] of their motion tensor."""
+        """Pixels [B, 3, T, H, W] -> the latents [B, C, f, h, w] of their motion tensor, CHOICE: by the frozen VAE."""
         o = motion_tensor(video_flow(raft, x, cfg.raft_iters), cfg.flow_scale)
         return vae.encode(o, *passes)
 
@@ -400,17 +400,14 @@ def train(cfg):
         if not scored:
             return {}
         from toy.world import score
-        everyone = [None] * world()
-        dist.all_gather_object(everyone, clips)
-        _, texts, pixels = zip(*sorted(clip for part in everyone for clip in part if clip[0] < cfg.samples))
+        _, texts, pixels = zip(*sorted(clip for clip in gathered(clips) if clip[0] < cfg.samples))  # without padding
         return score(torch.stack(pixels), texts)
 
     log, failures = checkpoint.Log(cfg, start), {}
     for cycle in tqdm(range(start, last + 1), initial=start, total=last, disable=rank() != 0):
         # What is due after `cycle` cycles comes first, so that the turn after the last one does nothing else.
         if cycle % cfg.save_every == 0 or cycle == last:
-            # Not after a cycle that left the generator alone.
-            if cfg.samples and (cycle in (start, last) or phases[cycle - 1] in ("dmd_warmup", "mogan")):
+            if cfg.samples and (cycle in (start, last) or phases[cycle - 1] in ("dmd_warmup", "mogan")):  # or the same
                 log.write({"cycle": cycle, "phase": "samples", **sample_clips()})
             if cycle > start:
                 checkpoint.save(cfg, cycle, state)
@@ -423,7 +420,7 @@ def train(cfg):
         if cycle == last:
             break
         began, phase, figures, rollouts = time.time(), phases[cycle], {}, []
-        window_start = Draw(cfg.seed, cycle, "window", []).choice("start", f - cfg.window)  # CHOICE: any, one a cycle
+        window_start = Draw(cfg.seed, cycle, "window", []).choice("start", shape[1] - cfg.window)  # CHOICE: any
 
         # CHOICE: the order of App. B; Algorithm 1 prints the discriminator before the generator's flow GAN.
         # 1. Generator: distribution matching.                                  Alg. 1 l.3-7, Eq. 1-2
@@ -434,7 +431,7 @@ def train(cfg):
                 z0, context = rollout(draw)
                 with torch.no_grad():
                     t = score_times(draw)
-                    z_t = add_noise(z0, draw.renoise(shape).to(device), t)
+                    z_t = add_noise(z0, draw.renoise(shape).to(device), t)  # CHOICE: of the exit's z0; l.6: the last
                     x0_fake = velocity_to_x0(fake_score(z_t, t, context), z_t, t)
                     x0_pos = velocity_to_x0(teacher(z_t, t, context), z_t, t)
                     x0_neg = velocity_to_x0(teacher(z_t, t, negative.expand_as(context)), z_t, t)
@@ -477,7 +474,7 @@ def train(cfg):
                     with torch.no_grad():
                         seen = torch.cat([encode_real(next(reals).to(device)), encode_generated(z0, window_start)])
                         noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
-                    both = torch.cat([seen, seen + cfg.sigma * noise])                         # [4 B, C, f, h, w]
+                    both = torch.cat([seen, seen + cfg.sigma * noise])  # CHOICE: noise on latents; [4 B, C, f, h, w]
                     logit_real, logit_gen, noised_real, noised_gen = logits(both).chunk(4)
                     gan_d, r1, r2, *_ = add(sums, weight, gan_d=gan_d_loss(logit_real, logit_gen),
                         r1=r_loss(logit_real, noised_real, cfg.sigma), r2=r_loss(logit_gen, noised_gen, cfg.sigma),

@@ -89,8 +89,8 @@ def train(name, flags, seed):
     out, flags = RUNS / name, flags.split()
     out.mkdir(parents=True, exist_ok=True)
     code = patched(name, [flag for flag in flags if flag.endswith(".patch")])
-    command = [sys.executable, code / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out, "--seed", str(seed),
-               "--samples", "0", "--workers", "1", *(flag for flag in flags if not flag.endswith(".patch"))]
+    command = [sys.executable, code / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out, "--samples", "0",
+               "--seed", str(seed), "--workers", "1", *(flag for flag in flags if not flag.endswith(".patch"))]
     with open(out / "train.log", "a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env)
