@@ -1343,6 +1343,15 @@ def test_every_hack_applies_and_trains(tmp_path):
         assert len(patches) >= 9 and [line for line in pool.map(failure, patches) if line] == []
 
 
+def test_every_choice_is_in_the_readme():
+    root = Path(__file__).parent
+    table = root.joinpath("README.md").read_text().split("## Paper versus code")[1].split("##")[0]
+    rows = re.findall(r"\| (\w+\.py) \|$", table, re.M)
+    for file in "train.py", "discriminator.py", "vae.py", "raft.py", "model.py":
+        assert rows.count(file) == root.joinpath(file).read_text().count("CHOICE:"), file
+    assert len(rows) > 20
+
+
 def test_help_tells_every_flag(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])

@@ -88,9 +88,9 @@ def train(name, flags, seed):
     """Run train.py, patched where the flags name a patch, or go on with it, in runs/evidence/NAME."""
     out, flags = RUNS / name, flags.split()
     out.mkdir(parents=True, exist_ok=True)
-    code = patched(name, [flag for flag in flags if flag.endswith(".patch")])
-    command = [sys.executable, code / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out, "--samples", "0",
-               "--seed", str(seed), "--workers", "1", *(flag for flag in flags if not flag.endswith(".patch"))]
+    patches = [flag for flag in flags if flag.endswith(".patch")]
+    command = [sys.executable, patched(name, patches) / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out,
+               "--samples", "0", "--seed", str(seed), "--workers", "1", *(flag for flag in flags if flag not in patches)]
     with open(out / "train.log", "a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env)
