@@ -1,7 +1,7 @@
-"""The two pages that eval.py writes: report.html, figures beside clips and their flow; survey.html, the human study.
+"""eval.py's page, report.html: its tables, training curves, and every clip with its scores beside its flow.
 
-Both are single files that open from disk. Videos are embedded up to a budget and linked beyond it; either way the
-browser decodes only those in sight. Markup, style and script are in report_template.html and survey_template.html.
+A single file that opens from disk. Videos are embedded up to a budget and linked beyond it; either way the browser
+decodes only those in sight. Markup, style and script are in report_template.html.
 """
 
 import base64
@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import urllib.parse
 from pathlib import Path
@@ -27,11 +26,6 @@ PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
 PICTURE_FRAMES = 161    # a picture shows at most this many frames: its memory must not grow with the video
 PICTURE_ITERS = 12      # of RAFT
 CURVE_POINTS = 400      # a curve is thinned to about this many
-QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture
-    "motion": "Which video moves better: smooth, lively, physically plausible?",
-    "visual": "Which video looks better: sharp, clean, free of artefacts?",
-    "text": "Which video fits the text better?",
-}
 
 
 def fill(template, **parts):
@@ -239,33 +233,3 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
     return write_page(out / "report.html", fill(
         "report_template.html", title=title, tables="".join(table_html(*table) for table in tables), notes=notes,
         curves=curves_html(runs), blobs="\n".join(blobs), data=as_json(data)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# survey.html
-
-
-def write_survey(out, labels, pairs, embed_mb=64.0):
-    """Write out/survey.html, the study of two folders. pairs: [(prompt, index, path of A, path of B)].
-
-    Blind: sides and order are drawn in the browser, and videos too large to embed are copied under names that do not
-    tell their folder. The answers name A and B; eval.py --tally reads them.
-    """
-    stamp = "\n".join(f"{path} {path.stat().st_size}" for *_, a, b in pairs for path in (a, b))
-    survey = hashlib.md5(stamp.encode()).hexdigest()[:12]
-    budget, blobs, items = embed_mb * 1e6, [], []
-    for prompt, index, *paths in pairs:
-        item = {"prompt": prompt, "index": index}
-        for side, path in zip("ab", paths):
-            if path.stat().st_size <= budget:
-                budget -= path.stat().st_size
-                item[side] = {"blob": len(blobs)}
-                blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
-            else:
-                name = hashlib.md5(f"{survey} {path}".encode()).hexdigest()[:16] + path.suffix
-                (out / "survey_files").mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, out / "survey_files" / name)
-                item[side] = {"href": f"survey_files/{name}"}
-        items.append(item)
-    data = {"survey": survey, "folders": labels, "questions": QUESTIONS, "pairs": items}
-    return write_page(out / "survey.html", fill("survey_template.html", blobs="\n".join(blobs), data=as_json(data)))

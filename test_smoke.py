@@ -35,10 +35,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import UMT5Config, UMT5EncoderModel
 
 import eval as scores
+import metrics
 import model
 import raft
 import report
 import sample
+import survey
 import train
 import vae
 from amt import AMT
@@ -1451,53 +1453,53 @@ def test_amt_smoothness_equals_vbench():
     net = golden_net(AMT(), "amt_s", 89483.81470339859, (0.25, 0.05))
     frame = net(golden["frame0"][None].float() / 255, golden["frame1"][None].float() / 255)
     torch.testing.assert_close(frame[0], golden["imgt_pred"], atol=1e-4, rtol=0)
-    between = [scores.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
+    between = [metrics.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
     off = torch.stack(between).int() - golden["clip_interp_uint8"][[0, 3]].int()
     assert off.abs().max() <= 1 and (off != 0).float().mean() < 1e-3
-    assert abs(scores.motion_smoothness(net, golden["clip"][:8]) - golden["clip_first8_score"].item()) < 1e-6
-    assert abs(scores.motion_smoothness(net, golden["clip"]) - golden["clip_score"].item()) < 1e-6
+    assert abs(metrics.motion_smoothness(net, golden["clip"][:8]) - golden["clip_first8_score"].item()) < 1e-6
+    assert abs(metrics.motion_smoothness(net, golden["clip"]) - golden["clip_score"].item()) < 1e-6
     with pytest.raises(ValueError, match="2 frames: smoothness needs 3"):
-        scores.motion_smoothness(net, golden["clip"][:2])
+        metrics.motion_smoothness(net, golden["clip"][:2])
     with pytest.raises(ValueError, match="64x96 frames: 128 px"):
-        scores.motion_smoothness(net, golden["clip"][:3, :, :96, :64])
+        metrics.motion_smoothness(net, golden["clip"][:3, :, :96, :64])
 
 
 def test_musiq_imaging_quality_equals_vbench():
     golden = load_file(GOLDEN / "musiq_golden.safetensors")
     net = golden_net(MUSIQ(), "musiq", 808535.4199490941)
     torch.testing.assert_close(net(golden["frames"].float() / 255), golden["scores"], atol=1e-4, rtol=0)
-    score = scores.imaging_quality(net, golden["frame_480x832"][None])
+    score = metrics.imaging_quality(net, golden["frame_480x832"][None])
     assert abs(100 * score - golden["score_480x832"].item()) < 1e-4
 
 
 def test_vbench_preprocessing():
     golden = load_file(GOLDEN / "vbench_preprocess_golden.safetensors")
     frame = load_file(GOLDEN / "musiq_golden.safetensors")["frame_480x832"]
-    x = scores.clip_input(golden["clip_frame"][None].float())[0]
+    x = metrics.clip_input(golden["clip_frame"][None].float())[0]
     torch.testing.assert_close(x, golden["clip_out"], atol=1e-6, rtol=0)
-    rows = scores.longer_512(frame[None].float())[0, :, [0, 147, 294]]
+    rows = metrics.longer_512(frame[None].float())[0, :, [0, 147, 294]]
     torch.testing.assert_close(rows, golden["longer_out_rows_0_147_294"], atol=1e-6, rtol=0)
 
 
 def test_dynamic_degree_decides_as_vbench():
     golden = json.loads((GOLDEN / "vbench_dynamic_degree.json").read_text())
     for case in golden["cases"]:
-        sampled = len(range(0, case["n_frames"], scores.sample_step(case["fps"])))
+        sampled = len(range(0, case["n_frames"], metrics.sample_step(case["fps"])))
         assert sampled == case["n_sampled"], case["name"]
-        decision = scores.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"])
+        decision = metrics.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"])
         assert decision == case["decision"], case["name"]
     for case in golden["statistic_cases"]:
         flow = torch.tensor(FIELDS[case["name"]](), dtype=torch.float32)
-        assert abs(scores.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
+        assert abs(metrics.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
 
 
 def test_dynamic_degree_measures_raft_on_sampled_frames():
     net, golden = golden_raft("small")
     frames = golden["frames"].repeat_interleave(2, dim=0)  # at 16 fps every second frame is looked at
-    decision, magnitudes = scores.dynamic_degree(net, frames, 16.0, iters=4)
-    expected = [scores.fast_pixels(flow) for flow in golden["flow_up_it4"]]
+    decision, magnitudes = metrics.dynamic_degree(net, frames, 16.0, iters=4)
+    expected = [metrics.fast_pixels(flow) for flow in golden["flow_up_it4"]]
     np.testing.assert_allclose(magnitudes, expected, atol=2e-3)
-    assert decision == scores.is_dynamic(expected, 3, 128, 160)
+    assert decision == metrics.is_dynamic(expected, 3, 128, 160)
 
 
 def test_aesthetic_quality_is_a_linear_head_on_clip():
@@ -1507,23 +1509,23 @@ def test_aesthetic_quality_is_a_linear_head_on_clip():
                               patch_size=56, projection_dim=16)
     clip, head = CLIPVisionModelWithProjection(config).eval(), torch.nn.Linear(16, 1)
     frames = torch.randint(0, 256, (3, 3, 240, 300), dtype=torch.uint8)
-    pictures = [clip(pixel_values=scores.clip_input(frame[None].float())) for frame in frames]
+    pictures = [clip(pixel_values=metrics.clip_input(frame[None].float())) for frame in frames]
     embedding = torch.cat([picture.image_embeds for picture in pictures])
     expected = head(embedding / embedding.norm(dim=1, keepdim=True)).mean().item() / 10
-    assert abs(scores.aesthetic_quality(clip, head, frames) - expected) < 1e-6
+    assert abs(metrics.aesthetic_quality(clip, head, frames) - expected) < 1e-6
 
 
 def test_missing_weights_are_named_and_left_out(tmp_path, capsys):
-    assert scores.load_metrics(list(scores.FILES), tmp_path, False, torch.device("cpu")) == {}
+    assert metrics.load_metrics(list(metrics.FILES), tmp_path, False, torch.device("cpu")) == {}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "no weights: amt-s.pth, get it from https://" in lines[0]
     (tmp_path / "amt-s.pth").write_bytes(b"not a checkpoint")
-    assert scores.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu")) == {}
+    assert metrics.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu")) == {}
     assert "left out, expected a weights file" in capsys.readouterr().out
     # As AMT's trainer writes it: its learning rates are numpy's.
     optimizer = {"state": {}, "param_groups": [{"lr": np.cos(np.float64(1)), "params": [0]}]}
     torch.save({"epoch": 1, "state_dict": AMT().state_dict(), "optim": optimizer}, tmp_path / "amt-s.pth")
-    assert list(scores.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))) == ["smoothness"]
+    assert list(metrics.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))) == ["smoothness"]
 
 
 def test_scores_resume_after_a_kill(tmp_path):
@@ -1570,7 +1572,7 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
         for _ in range(4):
             bare.mux(stream.encode(av.VideoFrame(48, 32, "yuv420p")))
         bare.mux(stream.encode())
-    smooth = {"smoothness": (lambda frames, fps: {"smoothness": scores.motion_smoothness(AMT(), frames)}, "v1")}
+    smooth = {"smoothness": (lambda frames, fps: {"smoothness": metrics.motion_smoothness(AMT(), frames)}, "v1")}
     rows = scores.score_folder(scores.find_videos(tmp_path, set()), smooth, tmp_path / "out" / "scores.jsonl")
     left_out = {r["video"]: r["error"] for r in rows if "error" in r}
     assert set(left_out) == {"empty-0.mp4", "gone-0.mp4", "text-0.mp4", "cut-0.mp4", "no rate-0.mp4"}
@@ -1602,7 +1604,7 @@ def test_differences_are_paired_and_bootstrapped():
 def test_tally_counts_wins_of_the_first_folder(tmp_path):
     files = [answers("one", motion="aabt", visual="tttt", text="bbbb"),
              answers("two", motion="aaaa", visual="tttt", text="bbba")]
-    result = scores.tally(files)
+    result = survey.tally(files)
     assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
     assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
     assert result["motion"]["win"][1] < 6 / 8 < result["motion"]["win"][2]
@@ -1615,7 +1617,7 @@ def test_tally_counts_wins_of_the_first_folder(tmp_path):
     bad += [([path], "expected answers") for path in (*paths[3:], tmp_path / "no")]
     for given, reason in bad:
         with pytest.raises(ValueError, match=reason):
-            scores.read_answers(given)
+            survey.read_answers(given)
 
 
 def test_toy_figures_are_exact(tmp_path):
@@ -1662,9 +1664,9 @@ def test_survey_holds_the_common_samples(tmp_path):
         for i in range(count):
             write_video(tmp_path / folder / f"a dog-{i}.mp4", torch.zeros(3, 2, 16, 16), 16)
     videos = [scores.find_videos(tmp_path / folder, set()) for folder in ("ours", "theirs")]
-    pairs = scores.pair_up(*videos)
+    pairs = survey.pair_up(*videos)
     assert [pair[:2] for pair in pairs] == [("a dog", 0), ("a dog", 1)]
-    page = report.write_survey(tmp_path, ["ours", "theirs"], pairs, embed_mb=0).read_text()
+    page = survey.write_survey(tmp_path, ["ours", "theirs"], pairs, embed_mb=0).read_text()
     assert len(list((tmp_path / "survey_files").iterdir())) == 4
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert list(data["questions"]) == ["motion", "visual", "text"] and "ours" not in str(data["pairs"])
