@@ -5,11 +5,13 @@
 
 Files are named {prompt}-{i}.mp4, as sample.py --out_dir names them. The metrics are VBench's (metrics.py); the motion
 score is the mean of smoothness and dynamics. A metric whose weights are neither in weights/eval nor to be downloaded is
-left out with a message. Clips of the toy world get its exact figures too.
+left out with a message. Files that are damaged or state no frame rate are named, counted and left out; the exit status
+is not 0 if a folder has no score at all. Clips of the toy world get its exact figures too.
 
 Prompts: VBench's are in github.com/Vchitect/VBench, prompts/prompts_per_dimension: subject_consistency.txt (72) for
 smoothness and dynamics, overall_consistency.txt (93) for the two qualities; score each list by itself with --prompts.
-VideoJAM-Bench's 128 prompts are not public.
+VideoJAM-Bench's 128 prompts are not public. The official VBench on the same files: vbench evaluate --videos_path DIR
+--mode custom_input --dimension motion_smoothness (VBench's own prompts: --mode vbench_standard).
 
 The same command again continues a killed run: each video's scores are one line of a jsonl file, written when known.
 """
@@ -29,10 +31,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from metrics import FILES, FOLDER, load_metrics, places
+from metrics import FILES, FOLDER, find_file, load_metrics
 from model import WEIGHTS
 from raft import load_raft
-from report import read_run, write_report
+from report import fingerprint, printable, read_jsonl, read_run, write_report
 from sample import SUFFIXES, find_device, open_video, read_frames, read_prompts
 
 COLUMNS = {"smoothness": "smoothness", "dynamic": "dynamics", "motion": "motion score", "aesthetic": "aesthetic",
@@ -60,7 +62,7 @@ PAPER = [  # what the text (Sec. 6.1) of arXiv 2511.21592v1 states of Table 1; t
 
 def prompt_of(path):
     """(prompt, sample index) of VBench's file name {prompt}-{i}.mp4; a name without an index is sample 0."""
-    found = re.fullmatch(r"(.*)-(\d+)", path.stem)
+    found = re.fullmatch(r"(.*)-(\d+)", path.stem, re.DOTALL)
     return (found[1], int(found[2])) if found else (path.stem, 0)
 
 
@@ -68,7 +70,7 @@ def find_videos(folder, prompts):
     """Videos of a flat folder, sorted; only those of the given prompts, if any. ValueError if there are none."""
     if not folder.is_dir():
         raise ValueError(f"expected a folder of videos, got {folder}: no such folder")
-    videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    videos = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
     videos = [p for p in videos if not p.name.endswith(".flow.mp4")]  # sample.py's pictures
     kept = [p for p in videos if not prompts or prompt_of(p)[0] in prompts]
     if not kept:
@@ -95,27 +97,11 @@ def probe(path):
     return {"fps": fps, "frames": count, "height": shape[1], "width": shape[2]}
 
 
-def read_log(path):
-    """Rows of a jsonl by video name, the last of each winning; a line that a kill cut short is skipped."""
-    rows = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        rows[row["video"]] = row
-    return rows
-
-
 def write_line(path, row):
-    """Append one line that is on the disk when this returns; a torn line before it is closed first."""
+    """Append one line that is on the disk when this returns. It begins with the line break, which closes a torn one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write((json.dumps(row) + "\n").encode())
+    with open(path, "ab") as file:
+        file.write(b"\n" + json.dumps(row).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -154,14 +140,15 @@ def score_video(path, row, metrics):
 
 def score_folder(videos, metrics, log):
     """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
-    known, rows = read_log(log), []
-    for path in tqdm(videos, desc=f"{videos[0].parent.name}", disable=None):
-        stamp = {"bytes": 0, "mtime": 0}
-        if path.exists():  # not a link to nothing
-            stamp = {"bytes": path.stat().st_size, "mtime": path.stat().st_mtime_ns}
+    known, rows = {row.get("video"): row for row in read_jsonl(log)}, []  # of a video's lines the last
+    for path in tqdm(videos, desc=printable(videos[0].parent.name), disable=None):
+        try:
+            stamp = f"{fingerprint(path)} {path.stat().st_mtime_ns}"
+        except OSError:  # a link to nothing, or no permission: probe says which
+            stamp = ""
         row = known.get(path.name, {})
-        if {key: row.get(key) for key in stamp} != stamp:
-            row = {"video": path.name, **stamp, "weights": {}, "scores": {}, "skipped": {}}
+        if row.get("stamp") != stamp:
+            row = {"video": path.name, "stamp": stamp, "weights": {}, "scores": {}, "skipped": {}}
         before = json.dumps(row)
         if "error" not in row:
             try:
@@ -170,7 +157,7 @@ def score_folder(videos, metrics, log):
                 score_video(path, row, metrics)
             except ValueError as error:
                 row["error"] = str(error)
-                tqdm.write(f"left out: {error}")
+                tqdm.write(printable(f"left out: {error}"))
         if json.dumps(row) != before:
             write_line(log, row)
         scores = row["scores"]
@@ -264,8 +251,9 @@ def toy_table(labels, folders, columns):
 
 def show(title, table):
     """Print a table (rows of strings, the first the header), columns aligned."""
+    table = [[printable(cell) for cell in cells] for cells in table]
     first, *widths = [max(map(len, column)) for column in zip(*table)]
-    print(f"\n{title}")
+    print("\n" + printable(title))
     for name, *cells in table:
         print("  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, widths))]))
 
@@ -285,14 +273,19 @@ def tables(labels, folders):
     return out + [("NOT measured here: figures stated in the paper's text", paper_table())], {**shown, **flow, **toy}
 
 
-def skipped_lines(labels, folders):
-    """One line per reason: files left out, and metrics that could not be taken of some files."""
-    lines = []
-    for label, rows in zip(labels, folders):
-        lines += [f"left out of {label}: {row['error']}" for row in rows if "error" in row]
-        lines += [f"{COLUMNS[metric]} of {label}/{row['video']}: {reason}"
-                  for row in rows for metric, reason in row["skipped"].items()]
-    return lines
+def notes_on(folders, labels, rows, prompts):
+    """Lines on what the tables do not tell: files left out or not scored, metrics not taken, prompts without video."""
+    notes = []
+    for folder, label, here in zip(folders, labels, rows):
+        notes += [f"left out of {label}: {row['error']}" for row in here if "error" in row]
+        notes += [f"{COLUMNS[metric]} of {label}/{row['video']}: {reason}"
+                  for row in here for metric, reason in row["skipped"].items()]
+        missing, others = sorted(prompts - {row["prompt"] for row in here}), len(os.listdir(folder)) - len(here)
+        twice = len(here) - len({(row["prompt"], row["index"]) for row in here})
+        notes += [f"{label}: no video of {len(missing)} prompts, such as {missing[0]!r}"] if missing else []
+        notes += [f"{label}: {others} other entries, not scored"] if others else []
+        notes += [f"{label}: {twice} files share prompt and index with another; differences take one"] if twice else []
+    return notes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,19 +300,19 @@ def labels_of(folders):
 
 def load_rafts(given, weights, device):
     """RAFTs for the flow pictures, in the order to try: the given one, else the dynamic degree's and the toy's."""
-    large = [path for file in FILES["dynamic"] for path in places(file, weights) if path.exists()]
-    toy = [path for path in [WEIGHTS["toy"] / "raft.safetensors"] if path.exists()]
+    large, toy = find_file(FILES["dynamic"][0][0], weights), WEIGHTS["toy"] / "raft.safetensors"
     rafts = []
-    for path in [given] if given else large[:1] + toy:
+    for path in [given] if given else [path for path in (large, toy) if path and path.exists()]:
         rafts.append(load_raft(path).to(device))
-        rafts[-1].source = str(path.resolve())  # part of a picture's name: other weights, another picture
-        rafts[-1].max_size = math.inf if given or path not in toy else 128  # px; in real videos the toy's sees nothing
+        rafts[-1].stamp = fingerprint(path)  # part of a picture's name: other weights, another picture
+        rafts[-1].max_size = math.inf if given or path != toy else 128  # px; in real videos the toy's sees nothing
     return rafts
 
 
 def log_of(out, folder):
     """The jsonl of a folder's scores. Not in the folder itself: VBench takes its first entry for a video."""
-    return out / f"{folder.resolve().name}-{hashlib.md5(str(folder.resolve()).encode()).hexdigest()[:8]}.jsonl"
+    folder = folder.resolve()
+    return out / f"{folder.name}-{hashlib.md5(os.fsencode(folder)).hexdigest()[:8]}.jsonl"
 
 
 def evaluate(args):
@@ -334,23 +327,20 @@ def evaluate(args):
     found, columns = tables(labels, rows)
     for title, table in found:
         show(title, table)
-    notes = skipped_lines(labels, rows)
-    for folder, here in zip(folders, rows):
-        missing = sorted(prompts - {row["prompt"] for row in here})
-        notes += [f"{folder}: no video of {len(missing)} prompts, such as {missing[0]!r}"] if missing else []
-    print("\n" + "\n".join(notes) if notes else "")
-    names = "motion_smoothness dynamic_degree aesthetic_quality imaging_quality"
-    print("The official VBench on the same files (for VBench's own prompts, --mode vbench_standard):")
-    print(f'    vbench evaluate --videos_path "{folders[0]}" --mode custom_input --dimension "{names}"')
+    notes = notes_on(folders, labels, rows, prompts)
+    print("", *map(printable, notes), sep="\n")
     path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, runs, args.embed_mb)
-    print(f"report: {path}")
+    print(printable(f"report: {path}"))
+    empty = [label for label, here in zip(labels, rows) if not any(row["scores"] for row in here)]
+    if empty:
+        raise ValueError(f"no video of {', '.join(empty)} has a score, for the reasons above")
     return rows
 
 
 def parse(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"eval.py: {message} (eval.py --help lists the flags)")
+    parser.error = lambda message: sys.exit(f"eval.py: {printable(message)} (eval.py --help lists the flags)")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="folders of {prompt}-{i}.mp4; the others are compared with the first")
     add("--prompts", help="score only the prompts in this file, one a line")
@@ -371,7 +361,7 @@ def main(argv=None):
     try:
         evaluate(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"eval.py: {error}") from None
+        raise SystemExit(f"eval.py: {printable(str(error))}") from None
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ decord 0.6 on H.264 files (BT.601, BT.709, full range, 4:4:4).
 
 import itertools
 import os
-import re
 import socket
 import statistics
 from pathlib import Path
@@ -20,16 +19,23 @@ from amt import load_amt
 from model import REPO, assign, read_state_dict
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
+from report import fingerprint, printable
 
 FOLDER = REPO / "weights" / "eval"
-FILES = {  # metric: its files in FOLDER, each with the hub repository or the folder it comes from
-    "smoothness": {"amt-s.pth": "lalala125/AMT"},                                           # AMT-S, CC BY-NC 4.0
-    "dynamic": {"raft_large_C_T_V1-22a6c225.pth": "https://download.pytorch.org/models"},   # or raft-things.pth; BSD-3
-    "aesthetic": {"clip-vit-large-patch14/config.json": "openai/clip-vit-large-patch14",    # CLIP, MIT
-                  "clip-vit-large-patch14/model.safetensors": "openai/clip-vit-large-patch14",
-                  "sa_0_4_vit_l_14_linear.pth":                                             # LAION's head, MIT
-                  "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main"},
-    "imaging": {"musiq_spaq_ckpt-358bb6af.pth": "chaofengc/IQA-PyTorch-Weights"},           # MUSIQ, non-commercial port
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+CLIP = f"{HUB}/openai/clip-vit-large-patch14/resolve/main"
+LAION = "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor/main"
+FILES = {  # metric: its files in FOLDER, where each is downloaded from, and how its SHA-256 begins
+    # AMT-S, CC BY-NC 4.0; nobody states a checksum
+    "smoothness": [("amt-s.pth", f"{HUB}/lalala125/AMT/resolve/main", None)],
+    # RAFT, BSD-3; princeton's raft-things.pth will do
+    "dynamic": [("raft_large_C_T_V1-22a6c225.pth", "https://download.pytorch.org/models", "22a6c225")],
+    # CLIP, and LAION's linear head, both MIT
+    "aesthetic": [("clip-vit-large-patch14/config.json", CLIP, "8a09b467"),
+                  ("clip-vit-large-patch14/model.safetensors", CLIP, "a2bf730a"),
+                  ("sa_0_4_vit_l_14_linear.pth", LAION, "2cd4e60f")],
+    # MUSIQ, a port for non-commercial use
+    "imaging": [("musiq_spaq_ckpt-358bb6af.pth", f"{HUB}/chaofengc/IQA-PyTorch-Weights/resolve/main", "358bb6af")],
 }
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 BATCH_PIXELS = 16 * 480 * 832   # frames of one batch of the two per-frame metrics: 16 at 480p, one at 4K
@@ -162,33 +168,26 @@ def imaging_quality(musiq, frames):
 # Weights
 
 
-def address(file, source):
-    """Where a file is downloaded from: `source` is a hub repository or the address of a folder."""
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    return f"{source if source.startswith('https://') else f'{hub}/{source}/resolve/main'}/{Path(file).name}"
+def find_file(file, folder):
+    """Where a weights file lies: in the folder or above it, as train.py's RAFT does, also as princeton's; else None."""
+    names = [file, "raft-things.pth"] if file == FILES["dynamic"][0][0] else [file]
+    return next((path for base in (folder, folder.parent) for name in names if (path := base / name).exists()), None)
 
 
-def places(file, folder):
-    """Where a weights file may lie: in the folder or above it, as train.py's RAFT does; RAFT also as princeton's."""
-    names = [file, "raft-things.pth"] if file in FILES["dynamic"] else [file]
-    return [base / name for base in (folder, folder.parent) for name in names]
-
-
-def fetch(file, source, folder, download):
+def fetch(file, source, digest, folder, download):
     """The path of a weights file, downloaded into the folder if it is nowhere; else ValueError naming its source."""
-    found = [path for path in places(file, folder) if path.exists()]
-    if found:
-        return found[0]
-    path, digest = folder / file, re.search(r"-([0-9a-f]{8})\.", file)
+    if found := find_file(file, folder):
+        return found
+    path, address = folder / file, f"{source}/{Path(file).name}"
     if download:
         socket.setdefaulttimeout(15)  # a cluster's nodes may drop packets instead of refusing them
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(address(file, source), path, digest and digest[1])  # aside, then renamed
+            torch.hub.download_url_to_file(address, path, digest)  # aside, checked, then renamed
             return path
         except Exception as error:  # offline, blocked, moved: for the caller all of them are a missing file
-            print(f"{file}: no download ({error})")
-    raise ValueError(f"no weights: {file}, get it from {address(file, source)} and put it into {folder}")
+            print(f"{file}: no download ({printable(str(error))})")
+    raise ValueError(f"no weights: {file}, get it from {address} and put it into {folder}")
 
 
 def load_aesthetic(config, weights, head):
@@ -226,9 +225,9 @@ def load_metrics(names, folder, download, device):
     out = {}
     for name in names:
         try:
-            paths = [fetch(file, source, folder, download) for file, source in FILES[name].items()]
+            paths = [fetch(*file, folder, download) for file in FILES[name]]
             # The id is kept with every score: other weights, and the score is computed anew.
-            out[name] = load_metric(name, paths, device), " ".join(f"{p.name}:{p.stat().st_size}" for p in paths)
+            out[name] = load_metric(name, paths, device), " ".join(f"{p.name}: {fingerprint(p)}" for p in paths)
         except (ValueError, OSError) as error:
-            print(f"{name}: left out, {str(error).splitlines()[0]}")
+            print(f"{name}: left out, {printable(str(error).splitlines()[0])}")
     return out

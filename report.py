@@ -5,12 +5,14 @@ decodes only those in sight. Markup, style and script are in report_template.htm
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import urllib.parse
 from pathlib import Path
@@ -28,19 +30,41 @@ PICTURE_ITERS = 12      # of RAFT
 CURVE_POINTS = 400      # a curve is thinned to about this many
 
 
+def printable(text):
+    """Text from file names or data for a terminal: what would steer it, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def fingerprint(path, end=2**16):
+    """Size and hash of both ends of a file: tells it from another of its name without reading it whole."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(end)
+        file.seek(max(0, size - end))
+        return f"{size} {hashlib.md5(head + file.read()).hexdigest()[:16]}"
+
+
+def read_jsonl(path):
+    """The objects of a jsonl file, none if it is not there; skips what a kill or a power loss left of a line."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+
 def fill(template, **parts):
-    """A template of this folder with each {{name}} replaced; parts are already HTML."""
+    """A template of this folder with each {{name}} replaced, in one pass: parts are HTML and may hold such marks."""
     page = (REPO / template).read_text(encoding="utf-8")
-    for name, part in parts.items():
-        page = page.replace("{{" + name + "}}", part)
-    return page
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)
 
 
 def write_page(path, page):
     """Write aside and rename: a page is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")  # bytes of a name that are not UTF-8
     part.replace(path)
     return path
 
@@ -87,10 +111,10 @@ def draw_row(rafts, cells, folder):
     raft = next(fits, None) if moving else None
     if raft is None:
         return [cell["path"] for cell in cells]
-    stamps = [f"{cell['path']} {cell['bytes']} {cell['mtime']}" for cell in cells]
-    keys = ["\n".join([stamp, raft.source, *stamps]) for stamp in stamps]
+    stamps = [cell["stamp"] for cell in cells]
+    keys = ["\n".join([stamp, raft.stamp, *stamps]) for stamp in stamps]
     names = [hashlib.md5(key.encode()).hexdigest()[:16] + ".mp4" for key in keys]
-    if not all((folder / name).exists() for name in names):
+    if not all((folder / name).exists() and (folder / name).stat().st_size for name in names):
         pictures = [clip_and_flow(raft, cell) for cell in cells]
         scale = common_scale([flow for _, flow in pictures])  # in a row one colour means one speed
         for cell, name, (x, flow) in zip(cells, names, pictures):
@@ -108,14 +132,11 @@ def read_run(path):
     if not path.exists():
         raise ValueError(f"expected a run's jsonl, got {path}: no such file")
     curves = {}
-    for i, line in enumerate(path.read_text().splitlines()):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line a kill cut short
-            continue
+    for i, row in enumerate(read_jsonl(path)):
+        row = {name: value for name, value in row.items() if type(value) in (int, float) and abs(value) < 1e300}
+        step = row.pop("step", i)
         for name, value in row.items():
-            if name != "step" and type(value) in (int, float) and math.isfinite(value):
-                curves.setdefault(name, []).append((row.get("step", i), value))
+            curves.setdefault(name, []).append((step, value))
     return curves
 
 
@@ -225,7 +246,7 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
                 shown[-1]["blob"] = len(blobs)
                 blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
             else:
-                shown[-1]["href"] = urllib.parse.quote(os.path.relpath(path, out))
+                shown[-1]["href"] = urllib.parse.quote(os.fsencode(os.path.relpath(path, out)))
         rows.append({"prompt": prompt, "index": index, "difference": difference, "cells": shown})
     data = {"labels": labels, "columns": list(columns.values()), "rows": rows}
     title, items = html.escape(", ".join(labels)), "".join(f"<li>{html.escape(line)}</li>" for line in notes)

@@ -12,12 +12,13 @@ import argparse
 import collections
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
 
 from eval import bootstrap, find_videos, labels_of, prompt_of, show
-from report import as_base64, as_json, fill, write_page
+from report import as_base64, as_json, fill, fingerprint, printable, write_page
 from sample import read_prompts
 
 QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture
@@ -45,8 +46,8 @@ def pair_up(videos_a, videos_b):
 
 def write_survey(out, labels, pairs, embed_mb=64.0):
     """Write out/survey.html, the study of two folders; pairs as of `pair_up`."""
-    stamp = "\n".join(f"{path} {path.stat().st_size}" for *_, a, b in pairs for path in (a, b))
-    survey = hashlib.md5(stamp.encode()).hexdigest()[:12]
+    stamp = json.dumps([labels, [(prompt, index, fingerprint(a), fingerprint(b)) for prompt, index, a, b in pairs]])
+    survey = hashlib.md5(stamp.encode()).hexdigest()[:12]  # other videos, another survey
     budget, blobs, items = embed_mb * 1e6, [], []
     for prompt, index, *paths in pairs:
         item = {"prompt": prompt, "index": index}
@@ -56,7 +57,7 @@ def write_survey(out, labels, pairs, embed_mb=64.0):
                 item[side] = {"blob": len(blobs)}
                 blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
             else:
-                name = hashlib.md5(f"{survey} {path}".encode()).hexdigest()[:16] + path.suffix
+                name = hashlib.md5(os.fsencode(f"{survey} {path}")).hexdigest()[:16] + path.suffix
                 (out / "survey_files").mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, out / "survey_files" / name)
                 item[side] = {"href": f"survey_files/{name}"}
@@ -86,7 +87,7 @@ def read_answers(paths):
         if wrong:
             raise ValueError(f"{path}: expected answers a, b or tie, got {min(wrong, key=str)!r}")
         for other, known in zip(paths, files):
-            if known["survey"] != file["survey"]:
+            if [known["survey"], known["folders"]] != [file["survey"], file["folders"]]:
                 raise ValueError(f"{path} and {other} come from different surveys: tally them apart")
             if known["annotator"] == file["annotator"]:
                 raise ValueError(f"{path} and {other} are of one person: give the later file only")
@@ -129,7 +130,7 @@ def print_tally(paths):
 def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"survey.py: {message} (survey.py --help shows both commands)")
+    parser.error = lambda message: sys.exit(f"survey.py: {printable(message)} (survey.py --help shows both commands)")
     add = parser.add_argument
     add("command", choices=["page", "tally"])
     add("paths", nargs="+", type=Path, help="page: the two folders, A and B; tally: the files of answers")
@@ -145,9 +146,9 @@ def main(argv=None):
         prompts = set(read_prompts(args.prompts)) if args.prompts else set()
         pairs = pair_up(*(find_videos(folder, prompts) for folder in args.paths))
         path = write_survey(args.out, labels_of(args.paths), pairs, args.embed_mb)
-        print(f"survey of {len(pairs)} pairs: {path}")
+        print(printable(f"survey of {len(pairs)} pairs: {path}"))
     except (ValueError, OSError) as error:
-        raise SystemExit(f"survey.py: {error}") from None
+        raise SystemExit(f"survey.py: {printable(str(error))}") from None
 
 
 if __name__ == "__main__":

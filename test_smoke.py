@@ -8,6 +8,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
 
 import copy
+import html
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import zlib
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -1437,12 +1439,12 @@ def patch(u, v, top, bottom):
 def row(prompt, index=0, **values):
     name = f"{prompt}-{index}.mp4"
     return {"video": name, "prompt": prompt, "index": index, "scores": values, "skipped": {}, "path": Path(name),
-            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "bytes": 1, "mtime": 1}
+            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "stamp": name}
 
 
 def answers(name, **chosen):
     """An answer file: per question a string of a, b, t, one letter a pair."""
-    full = {"a": "a", "b": "b", "t": "tie"}
+    full = {"a": "a", "b": "b", "c": "c", "t": "tie"}
     count = len(chosen["motion"])
     each = [dict(prompt="p", index=i, **{q: full[chosen[q][i]] for q in chosen}) for i in range(count)]
     return {"survey": "s", "annotator": name, "folders": ["ours", "theirs"], "pairs": count, "answers": each}
@@ -1526,6 +1528,10 @@ def test_missing_weights_are_named_and_left_out(tmp_path, capsys):
     optimizer = {"state": {}, "param_groups": [{"lr": np.cos(np.float64(1)), "params": [0]}]}
     torch.save({"epoch": 1, "state_dict": AMT().state_dict(), "optim": optimizer}, tmp_path / "amt-s.pth")
     assert list(metrics.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))) == ["smoothness"]
+    (tmp_path / "there").write_bytes(b"some")
+    with pytest.raises(ValueError, match="no weights: there"):  # a download with another checksum is not kept
+        metrics.fetch("there", tmp_path.as_uri(), "12345678", tmp_path / "a" / "b", True)
+    assert metrics.fetch("there", tmp_path.as_uri(), "a6b46dd0", tmp_path / "a" / "b", True).read_bytes() == b"some"
 
 
 def test_scores_resume_after_a_kill(tmp_path):
@@ -1538,10 +1544,10 @@ def test_scores_resume_after_a_kill(tmp_path):
         return {"smoothness": 0.5, "dynamic": 1.0}
     scores.score_folder(videos[:2], {"smoothness": (metric, "v1")}, log)
     with open(log, "a") as file:
-        file.write('{"video": "a ball-2.mp4", "scor')  # what a kill leaves of a line
+        file.write('\n{"video": "a ball-2.mp4", "scor')  # what a kill leaves of a line
     rows = scores.score_folder(videos, {"smoothness": (metric, "v1")}, log)
     assert calls == [5, 5, 5] and [r["scores"]["motion"] for r in rows] == [0.75] * 3
-    assert len(scores.read_log(log)) == 3 and rows[2]["frames"] == 5 and rows[2]["fps"] == 16
+    assert len(report.read_jsonl(log)) == 3 and rows[2]["frames"] == 5 and rows[2]["fps"] == 16
     scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)  # other weights: all again
     write_video(videos[0], torch.rand(3, 7, 32, 48) * 2 - 1, 16)      # another file of the same name: it again
     rows = scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)
@@ -1555,6 +1561,42 @@ def test_scores_resume_after_a_kill(tmp_path):
         rows = scores.score_folder(videos[:1], {"smoothness": (starved, "v3")}, log)
         rows = scores.score_folder(videos[:1], {"smoothness": (metric, weights)}, log)
         assert not rows[0]["skipped"] and "smoothness" in rows[0]["scores"]
+
+
+def test_a_file_of_the_same_time_is_known_by_size_and_ends(tmp_path):
+    path, stamps = tmp_path / "a-0.mp4", set()
+    for data in b"a" + bytes(200_000), bytes(200_000) + b"a", bytes(200_001), bytes(200_002):
+        path.write_bytes(data)
+        os.utime(path, (0, 0))
+        stamps.add(scores.score_folder([path], {}, tmp_path / "log")[0]["stamp"])
+    assert len(stamps) == 4
+
+
+ODD_NAMES = [".dot", "{{data}}", "<img src=x>", "a\x1b[31mb\nc\u202e", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_names_may_hold_anything(tmp_path, capsys, odd):
+    folder, clip = tmp_path / odd, world.clip(5)
+    for name in clip.prompts[0], odd:
+        write_video(folder / "new.mp4", clip.pixels[0], 16)
+        (folder / "new.mp4").rename(folder / f"{name}-0.mp4")
+    (folder / f"{odd}-1.mp4").write_bytes(b"no video")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, odd: 1.0}) + "\n[1]\n\0\0\n" + json.dumps({odd: 2}))
+    flags = ["--no_download", "--weights", str(tmp_path), "--out", str(tmp_path / "out"), "--run", str(tmp_path)]
+    scores.main([str(folder), *flags, "--flow_rows", "0", "--embed_mb", "0"])
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out) and "left out of" in out
+    page = (tmp_path / "out" / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert {r["prompt"] for r in data["rows"]} == {odd, clip.prompts[0]} and data["labels"] == [odd]
+    links = {urllib.parse.unquote_to_bytes(cell["href"]) for r in data["rows"] for cell in r["cells"] if "href" in cell}
+    assert {(tmp_path / "out" / os.fsdecode(link)).resolve() for link in links} == set(folder.glob("*-0.mp4"))
+    shown = html.escape(odd).encode("utf-8", "backslashreplace").decode()
+    assert f'aria-label="{shown}"' in page and "<img" not in page and page.count("<polyline") == 1
+    (folder / f"{clip.prompts[0]}-0.mp4").unlink()
+    with pytest.raises(SystemExit, match="no video of .* has a score"):
+        scores.main([str(folder), *flags])
 
 
 def test_odd_files_are_counted_and_named(tmp_path, capsys):
@@ -1583,6 +1625,9 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     assert dict(zip(header, cells)) == {
         "folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16", "frames": "1-6",
         "size": "32x48", "left out": "5"}
+    notes = scores.notes_on([tmp_path], ["odd"], [rows + rows[:1]], {"a cat"})
+    assert notes[-3:] == ["odd: no video of 1 prompts, such as 'a cat'", "odd: 1 other entries, not scored",
+                          "odd: 1 files share prompt and index with another; differences take one"]
     with pytest.raises(ValueError, match="none of the prompts"):
         scores.find_videos(tmp_path, {"a cat"})
 
@@ -1601,23 +1646,26 @@ def test_differences_are_paired_and_bootstrapped():
     assert table[1] == ["b", "+0.250 [+0.250, +0.250]", "6", "2"]
 
 
-def test_tally_counts_wins_of_the_first_folder(tmp_path):
+def test_tally_counts_wins_of_the_first_folder(tmp_path, capsys):
     files = [answers("one", motion="aabt", visual="tttt", text="bbbb"),
              answers("two", motion="aaaa", visual="tttt", text="bbba")]
     result = survey.tally(files)
     assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
     assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
     assert result["motion"]["win"][1] < 6 / 8 < result["motion"]["win"][2]
-    paths = [tmp_path / f"{i}.json" for i in range(6)]
-    odd = {**files[0], "folders": ["alone"]}, {**files[0], "survey": None}, {**files[0], "answers": [{"motion": []}]}
-    odd[1].pop("survey")
-    for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}, *odd]):
+    odd = [files[0], {**files[1], "survey": "other"}, {**files[1], "folders": ["theirs", "ours"]},
+           {**files[0], "folders": ["alone"]}, {k: v for k, v in files[0].items() if k != "survey"},
+           {**files[0], "answers": [{"motion": []}]}, answers("one", motion="c", visual="t", text="t")]
+    paths = [tmp_path / f"{i}.json" for i in range(9)]
+    for path, file in zip(paths, files + odd):
         path.write_text(json.dumps(file))
-    bad = [(paths[:2], "of one person"), (paths[:3:2], "different surveys")]
-    bad += [([path], "expected answers") for path in (*paths[3:], tmp_path / "no")]
-    for given, reason in bad:
+    survey.main(["tally", *map(str, paths[:2])])
+    out = capsys.readouterr().out
+    assert "ours against theirs: 2 people, 4 pairs, 8 judgements" in out and "75.0% [50.0%, 100.0%]" in out
+    bad = [((0, 2), "of one person"), ((0, 3), "different surveys"), ((0, 4), "different surveys")]
+    for given, reason in bad + [((i,), "expected answers") for i in range(5, 10)]:
         with pytest.raises(ValueError, match=reason):
-            survey.read_answers(given)
+            survey.read_answers([tmp_path / f"{i}.json" for i in given])
 
 
 def test_toy_figures_are_exact(tmp_path):
@@ -1654,19 +1702,27 @@ def test_toy_raft_draws_small_clips_only(tmp_path):
     large = dict(path=tmp_path / "large.mp4", height=160, width=160, frames=5)
     assert report.draw_row(rafts, [large], tmp_path) == [large["path"]]  # the video itself
     write_video(tmp_path / "small.mp4", torch.rand(3, 5, 64, 64) * 2 - 1, 16)
-    small = dict(path=tmp_path / "small.mp4", height=64, width=64, frames=5, fps=16, bytes=1, mtime=1)
+    small = dict(path=tmp_path / "small.mp4", height=64, width=64, frames=5, fps=16, stamp="1")
     (picture,) = report.draw_row(rafts, [small], tmp_path / "clips")
+    picture.write_bytes(b"")  # what a power loss may leave: made anew
+    assert report.draw_row(rafts, [small], tmp_path / "clips") == [picture]
     assert video_info(picture)[2:] != (64, 64) and picture.parent == tmp_path / "clips"
 
 
-def test_survey_holds_the_common_samples(tmp_path):
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_survey_holds_the_common_samples(tmp_path, odd):
     for folder, count in ("ours", 3), ("theirs", 2):
+        (tmp_path / folder).mkdir()
         for i in range(count):
-            write_video(tmp_path / folder / f"a dog-{i}.mp4", torch.zeros(3, 2, 16, 16), 16)
-    videos = [scores.find_videos(tmp_path / folder, set()) for folder in ("ours", "theirs")]
-    pairs = survey.pair_up(*videos)
-    assert [pair[:2] for pair in pairs] == [("a dog", 0), ("a dog", 1)]
-    page = survey.write_survey(tmp_path, ["ours", "theirs"], pairs, embed_mb=0).read_text()
-    assert len(list((tmp_path / "survey_files").iterdir())) == 4
-    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+            (tmp_path / folder / f"{odd}-{i}.mp4").write_bytes(b"a video")
+    folders, out = [tmp_path / "ours", tmp_path / "theirs"], tmp_path / "out"
+    survey.main(["page", *map(str, folders), "--out", str(out), "--embed_mb", "0"])
+    assert len(list((out / "survey_files").iterdir())) == 4
+    data = json.loads((out / "survey.html").read_text().split('id="data">')[1].split("</script>")[0])
     assert list(data["questions"]) == ["motion", "visual", "text"] and "ours" not in str(data["pairs"])
+    assert [(pair["prompt"], pair["index"]) for pair in data["pairs"]] == [(odd, 0), (odd, 1)]
+    pairs, ids = survey.pair_up(*(scores.find_videos(folder, set()) for folder in folders)), {data["survey"]}
+    pairs[0][3].write_bytes(b"another")
+    for labels in ["ours", "theirs"], ["a", "theirs"]:  # other videos, other names: another survey
+        ids.add(re.search('"survey": "(.*?)"', survey.write_survey(out, labels, pairs).read_text())[1])
+    assert len(ids) == 3
