@@ -2,6 +2,7 @@
 
     python eval.py runs/dmd/samples runs/mogan/samples           tables, paired differences, runs/eval/report.html
     python eval.py samples --prompts FILE --run runs/wan1.3b     only these prompts; training curves in the report
+    torchrun --nproc_per_node 8 eval.py runs/dmd/samples         the videos shared among eight cards, or CPU processes
 
 Files are named {prompt}-{i}.mp4, as sample.py --out_dir names them. The metrics are VBench's (metrics.py); the motion
 score is the mean of smoothness and dynamics. A metric whose weights are neither in weights/eval nor to be downloaded is
@@ -25,10 +26,12 @@ import os
 import re
 import statistics
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from metrics import FILES, FOLDER, find_file, load_metrics
@@ -138,10 +141,10 @@ def score_video(path, row, metrics):
         row["weights"]["toy"] = ""
 
 
-def score_folder(videos, metrics, log):
+def score_folder(videos, metrics, log, bar=True):
     """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
     known, rows = {row.get("video"): row for row in read_jsonl(log)}, []  # of a video's lines the last
-    for path in tqdm(videos, desc=printable(videos[0].parent.name), disable=None):
+    for path in tqdm(videos, desc=printable(log.stem), disable=None if bar else True):
         try:
             stamp = f"{fingerprint(path)} {path.stat().st_mtime_ns}"
         except OSError:  # a link to nothing, or no permission: probe says which
@@ -165,6 +168,29 @@ def score_folder(videos, metrics, log):
             scores["motion"] = (scores["smoothness"] + scores["dynamic"]) / 2
         rows.append({**row, "path": path, "prompt": prompt_of(path)[0], "index": prompt_of(path)[1]})
     return rows
+
+
+def score_folders(videos, load, logs):
+    """Rows of each folder's videos, shared among torchrun's ranks; None on all but the first. load() -> metrics.
+
+    Each rank scores every n-th video. Then the first goes over all of them as if it were alone, and finds in the logs
+    what the others have written.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=9))  # shares may end hours apart
+    if rank > 0:
+        dist.barrier()  # the first rank downloads what is missing
+    metrics = load()
+    if ranks > 1:
+        if rank == 0:
+            dist.barrier()
+        for paths, log in zip(videos, logs):
+            score_folder(paths[rank::ranks], metrics, log, bar=rank == 0)
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        return [score_folder(paths, metrics, log, bar=ranks == 1) for paths, log in zip(videos, logs)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,25 +342,28 @@ def log_of(out, folder):
 
 
 def evaluate(args):
-    """Score the folders, print the tables, write the report; returns the rows of each folder."""
+    """Score the folders, print the tables, write the report; ValueError at the end if a folder has no score at all."""
+    if torch.cuda.is_available():  # what --device cuda means
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     folders, labels, device = args.folders, labels_of(args.folders), find_device(args.device)
     prompts = set(read_prompts(args.prompts)) if args.prompts else set()
     videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before anything is scored
     runs = {path: read_run(path) for path in args.run}
-    metrics = load_metrics(args.metrics, args.weights, not args.no_download, device)
-    rafts = load_rafts(args.raft, args.weights, device)  # after the metrics, whose download may bring one
-    rows = [score_folder(paths, metrics, log_of(args.out, folder)) for paths, folder in zip(videos, folders)]
+    rows = score_folders(videos, lambda: load_metrics(args.metrics, args.weights, not args.no_download, device),
+                         [log_of(args.out, folder) for folder in folders])
+    if rows is None:
+        return
     found, columns = tables(labels, rows)
     for title, table in found:
         show(title, table)
     notes = notes_on(folders, labels, rows, prompts)
     print("", *map(printable, notes), sep="\n")
+    rafts = load_rafts(args.raft, args.weights, device)  # after the metrics, whose download may bring one
     path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, runs, args.embed_mb)
     print(printable(f"report: {path}"))
     empty = [label for label, here in zip(labels, rows) if not any(row["scores"] for row in here)]
     if empty:
         raise ValueError(f"no video of {', '.join(empty)} has a score, for the reasons above")
-    return rows
 
 
 def parse(argv=None):
@@ -358,6 +387,8 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
+    if int(os.environ.get("RANK", 0)):  # the first rank speaks for all
+        sys.stdout = open(os.devnull, "w")
     try:
         evaluate(args)
     except (ValueError, OSError) as error:

@@ -1677,6 +1677,22 @@ def test_toy_figures_are_exact(tmp_path):
     assert abs(found["toy_net_speed"] - clip.velocity[0].norm().item()) < 0.1 and found["toy_position_error"] < 0.6
 
 
+def test_two_ranks_score_as_one(tmp_path, capsys):
+    for i in range(3):
+        clip = world.clip(i)
+        write_video(tmp_path / "in" / f"{clip.prompts[0]}-{i}.mp4", clip.pixels[0], 16)
+    flags = [str(tmp_path / "in"), "--no_download", "--weights", str(tmp_path), "--flow_rows", "0", "--out"]
+    scores.main([*flags, str(tmp_path / "1")])
+    port = str(socket.create_server(("localhost", 0)).getsockname()[1])
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)  # as torchrun sets them
+    command = [sys.executable, scores.__file__, *flags, str(tmp_path / "2")]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(env, RANK=i)) for i in "01"]
+    printed = "".join(rank.communicate()[0] for rank in ranks)
+    assert printed.replace(f"{tmp_path}/2/", f"{tmp_path}/1/") == capsys.readouterr().out
+    one, two = (sorted(next((tmp_path / out).glob("*.jsonl")).read_text().split("\n")) for out in "12")
+    assert one == two and (tmp_path / "1/report.html").read_text() == (tmp_path / "2/report.html").read_text()
+
+
 def test_report_is_one_file_sorted_by_difference(tmp_path):
     names = ["still <b>", "moving </script>"]
     motions = (0.5, 0.5), (0.5, 0.9)
