@@ -1,17 +1,18 @@
-"""The two pages that eval.py writes: report.html, figures beside clips and their flow; survey.html, the human study.
+"""eval.py's page, report.html: its tables, training curves, and every clip with its scores beside its flow.
 
-Both are single files that open from disk. Videos are embedded up to a budget and linked beyond it; either way the
-browser decodes only those in sight. Markup, style and script are in report_template.html and survey_template.html.
+A single file that opens from disk. Videos are embedded up to a budget and linked beyond it; either way the browser
+decodes only those in sight. Markup, style and script are in report_template.html.
 """
 
 import base64
+import contextlib
 import hashlib
 import html
 import itertools
 import json
 import math
 import os
-import shutil
+import re
 import statistics
 import urllib.parse
 from pathlib import Path
@@ -28,26 +29,43 @@ PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
 PICTURE_FRAMES = 161    # a picture shows at most this many frames: its memory must not grow with the video
 PICTURE_ITERS = 12      # of RAFT
 CURVE_POINTS = 400      # a curve is thinned to about this many
-QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture
-    "motion": "Which video moves better: smooth, lively, physically plausible?",
-    "visual": "Which video looks better: sharp, clean, free of artefacts?",
-    "text": "Which video fits the text better?",
-}
+
+
+def printable(text):
+    """Text from file names or data for a terminal: what would steer it, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def fingerprint(path, end=2**16):
+    """Size and hash of both ends of a file: tells it from another of its name without reading it whole."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        head = file.read(end)
+        file.seek(max(0, size - end))
+        return f"{size} {hashlib.md5(head + file.read()).hexdigest()[:16]}"
+
+
+def read_jsonl(path):
+    """The objects of a jsonl file, none if it is not there; skips what a kill or a power loss left of a line."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def fill(template, **parts):
-    """A template of this folder with each {{name}} replaced; parts are already HTML."""
+    """A template of this folder with each {{name}} replaced, in one pass: parts are HTML and may hold such marks."""
     page = (REPO / template).read_text(encoding="utf-8")
-    for name, part in parts.items():
-        page = page.replace("{{" + name + "}}", part)
-    return page
+    return re.sub(r"\{\{(\w+)\}\}", lambda mark: parts[mark[1]], page)
 
 
 def write_page(path, page):
     """Write aside and rename: a page is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8")
+    part.write_text(page, encoding="utf-8", errors="backslashreplace")  # bytes of a name that are not UTF-8
     part.replace(path)
     return path
 
@@ -94,10 +112,10 @@ def draw_row(rafts, cells, folder):
     raft = next(fits, None) if moving else None
     if raft is None:
         return [cell["path"] for cell in cells]
-    stamps = [f"{cell['path']} {cell['bytes']} {cell['mtime']}" for cell in cells]
-    keys = ["\n".join([stamp, raft.source, *stamps]) for stamp in stamps]
+    stamps = [cell["stamp"] for cell in cells]
+    keys = ["\n".join([stamp, raft.stamp, *stamps]) for stamp in stamps]
     names = [hashlib.md5(key.encode()).hexdigest()[:16] + ".mp4" for key in keys]
-    if not all((folder / name).exists() for name in names):
+    if not all((folder / name).exists() and (folder / name).stat().st_size for name in names):
         pictures = [clip_and_flow(raft, cell) for cell in cells]
         scale = common_scale([flow for _, flow in pictures])  # in a row one colour means one speed
         for cell, name, (x, flow) in zip(cells, names, pictures):
@@ -110,19 +128,16 @@ def draw_row(rafts, cells, folder):
 
 
 def read_run(path):
-    """{name: [(step, value)]} of the finite numbers in a run's jsonl; `path`: the file, or the folder of log.jsonl."""
+    """{name: [(cycle, value)]} of the finite numbers in a run's jsonl; `path`: the file, or the folder of log.jsonl."""
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"expected a run's jsonl, got {path}: no such file")
     curves = {}
-    for i, line in enumerate(path.read_text().splitlines()):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # the line a kill cut short
-            continue
+    for i, row in enumerate(read_jsonl(path)):
+        row = {name: value for name, value in row.items() if type(value) in (int, float) and abs(value) < 1e300}
+        cycle = row.pop("cycle", i)
         for name, value in row.items():
-            if name != "step" and type(value) in (int, float) and math.isfinite(value):
-                curves.setdefault(name, []).append((row.get("step", i), value))
+            curves.setdefault(name, []).append((cycle, value))
     return curves
 
 
@@ -232,7 +247,7 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
                 shown[-1]["blob"] = len(blobs)
                 blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
             else:
-                shown[-1]["href"] = urllib.parse.quote(os.path.relpath(path, out))
+                shown[-1]["href"] = urllib.parse.quote(os.fsencode(os.path.relpath(path, out)))
         rows.append({"prompt": prompt, "index": index, "difference": difference, "cells": shown})
     data = {"labels": labels, "columns": list(columns.values()), "rows": rows}
     title, items = html.escape(", ".join(labels)), "".join(f"<li>{html.escape(line)}</li>" for line in notes)
@@ -240,33 +255,3 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
     return write_page(out / "report.html", fill(
         "report_template.html", title=title, tables="".join(table_html(*table) for table in tables), notes=notes,
         curves=curves_html(runs), blobs="\n".join(blobs), data=as_json(data)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# survey.html
-
-
-def write_survey(out, labels, pairs, embed_mb=64.0):
-    """Write out/survey.html, the study of two folders. pairs: [(prompt, index, path of A, path of B)].
-
-    Blind: sides and order are drawn in the browser, and videos too large to embed are copied under names that do not
-    tell their folder. The answers name A and B; eval.py --tally reads them.
-    """
-    stamp = "\n".join(f"{path} {path.stat().st_size}" for *_, a, b in pairs for path in (a, b))
-    survey = hashlib.md5(stamp.encode()).hexdigest()[:12]
-    budget, blobs, items = embed_mb * 1e6, [], []
-    for prompt, index, *paths in pairs:
-        item = {"prompt": prompt, "index": index}
-        for side, path in zip("ab", paths):
-            if path.stat().st_size <= budget:
-                budget -= path.stat().st_size
-                item[side] = {"blob": len(blobs)}
-                blobs.append(f'<script type="text/plain" id="v{len(blobs)}">{as_base64(path)}</script>')
-            else:
-                name = hashlib.md5(f"{survey} {path}".encode()).hexdigest()[:16] + path.suffix
-                (out / "survey_files").mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, out / "survey_files" / name)
-                item[side] = {"href": f"survey_files/{name}"}
-        items.append(item)
-    data = {"survey": survey, "folders": labels, "questions": QUESTIONS, "pairs": items}
-    return write_page(out / "survey.html", fill("survey_template.html", blobs="\n".join(blobs), data=as_json(data)))

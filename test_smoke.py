@@ -9,6 +9,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one ea
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes
 
 import copy
+import html
 import inspect
 import itertools
 import json
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -43,10 +45,12 @@ import checkpoint
 import cli
 import eval as scores
 import flow_viz
+import metrics
 import model
 import raft
 import report
 import sample
+import survey
 import text
 import train
 import vae
@@ -1504,12 +1508,12 @@ def patch(u, v, top, bottom):
 def row(prompt, index=0, **values):
     name = f"{prompt}-{index}.mp4"
     return {"video": name, "prompt": prompt, "index": index, "scores": values, "skipped": {}, "path": Path(name),
-            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "bytes": 1, "mtime": 1}
+            "fps": 16.0, "frames": 81, "height": 480, "width": 832, "stamp": name}
 
 
 def answers(name, **chosen):
     """An answer file: per question a string of a, b, t, one letter a pair."""
-    full = {"a": "a", "b": "b", "t": "tie"}
+    full = {"a": "a", "b": "b", "c": "c", "t": "tie"}
     count = len(chosen["motion"])
     each = [dict(prompt="p", index=i, **{q: full[chosen[q][i]] for q in chosen}) for i in range(count)]
     return {"survey": "s", "annotator": name, "folders": ["ours", "theirs"], "pairs": count, "answers": each}
@@ -1520,53 +1524,53 @@ def test_amt_smoothness_equals_vbench():
     net = golden_net(AMT(), "amt_s", 89483.81470339859, (0.25, 0.05))
     frame = net(golden["frame0"][None].float() / 255, golden["frame1"][None].float() / 255)
     torch.testing.assert_close(frame[0], golden["imgt_pred"], atol=1e-4, rtol=0)
-    between = [scores.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
+    between = [metrics.interpolate(net, golden["clip"][i], golden["clip"][i + 2]) for i in (0, 6)]
     off = torch.stack(between).int() - golden["clip_interp_uint8"][[0, 3]].int()
     assert off.abs().max() <= 1 and (off != 0).float().mean() < 1e-3
-    assert abs(scores.motion_smoothness(net, golden["clip"][:8]) - golden["clip_first8_score"].item()) < 1e-6
-    assert abs(scores.motion_smoothness(net, golden["clip"]) - golden["clip_score"].item()) < 1e-6
+    assert abs(metrics.motion_smoothness(net, golden["clip"][:8]) - golden["clip_first8_score"].item()) < 1e-6
+    assert abs(metrics.motion_smoothness(net, golden["clip"]) - golden["clip_score"].item()) < 1e-6
     with pytest.raises(ValueError, match="2 frames: smoothness needs 3"):
-        scores.motion_smoothness(net, golden["clip"][:2])
+        metrics.motion_smoothness(net, golden["clip"][:2])
     with pytest.raises(ValueError, match="64x96 frames: 128 px"):
-        scores.motion_smoothness(net, golden["clip"][:3, :, :96, :64])
+        metrics.motion_smoothness(net, golden["clip"][:3, :, :96, :64])
 
 
 def test_musiq_imaging_quality_equals_vbench():
     golden = load_file(GOLDEN / "musiq_golden.safetensors")
     net = golden_net(MUSIQ(), "musiq", 808535.4199490941)
     torch.testing.assert_close(net(golden["frames"].float() / 255), golden["scores"], atol=1e-4, rtol=0)
-    score = scores.imaging_quality(net, golden["frame_480x832"][None])
+    score = metrics.imaging_quality(net, golden["frame_480x832"][None])
     assert abs(100 * score - golden["score_480x832"].item()) < 1e-4
 
 
 def test_vbench_preprocessing():
     golden = load_file(GOLDEN / "vbench_preprocess_golden.safetensors")
     frame = load_file(GOLDEN / "musiq_golden.safetensors")["frame_480x832"]
-    x = scores.clip_input(golden["clip_frame"][None].float())[0]
+    x = metrics.clip_input(golden["clip_frame"][None].float())[0]
     torch.testing.assert_close(x, golden["clip_out"], atol=1e-6, rtol=0)
-    rows = scores.longer_512(frame[None].float())[0, :, [0, 147, 294]]
+    rows = metrics.longer_512(frame[None].float())[0, :, [0, 147, 294]]
     torch.testing.assert_close(rows, golden["longer_out_rows_0_147_294"], atol=1e-6, rtol=0)
 
 
 def test_dynamic_degree_decides_as_vbench():
     golden = json.loads((GOLDEN / "vbench_dynamic_degree.json").read_text())
     for case in golden["cases"]:
-        sampled = len(range(0, case["n_frames"], scores.sample_step(case["fps"])))
+        sampled = len(range(0, case["n_frames"], metrics.sample_step(case["fps"])))
         assert sampled == case["n_sampled"], case["name"]
-        decision = scores.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"])
+        decision = metrics.is_dynamic(case["magnitudes"], sampled, case["height"], case["width"])
         assert decision == case["decision"], case["name"]
     for case in golden["statistic_cases"]:
         flow = torch.tensor(FIELDS[case["name"]](), dtype=torch.float32)
-        assert abs(scores.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
+        assert abs(metrics.fast_pixels(flow) - case["top5_mean"]) < 1e-4, case["name"]
 
 
 def test_dynamic_degree_measures_raft_on_sampled_frames():
     net, golden = golden_raft("small")
     frames = golden["frames"].repeat_interleave(2, dim=0)  # at 16 fps every second frame is looked at
-    decision, magnitudes = scores.dynamic_degree(net, frames, 16.0, iters=4)
-    expected = [scores.fast_pixels(flow) for flow in golden["flow_up_it4"]]
+    decision, magnitudes = metrics.dynamic_degree(net, frames, 16.0, iters=4)
+    expected = [metrics.fast_pixels(flow) for flow in golden["flow_up_it4"]]
     np.testing.assert_allclose(magnitudes, expected, atol=2e-3)
-    assert decision == scores.is_dynamic(expected, 3, 128, 160)
+    assert decision == metrics.is_dynamic(expected, 3, 128, 160)
 
 
 def test_aesthetic_quality_is_a_linear_head_on_clip():
@@ -1576,23 +1580,27 @@ def test_aesthetic_quality_is_a_linear_head_on_clip():
                               patch_size=56, projection_dim=16)
     clip, head = CLIPVisionModelWithProjection(config).eval(), torch.nn.Linear(16, 1)
     frames = torch.randint(0, 256, (3, 3, 240, 300), dtype=torch.uint8)
-    pictures = [clip(pixel_values=scores.clip_input(frame[None].float())) for frame in frames]
+    pictures = [clip(pixel_values=metrics.clip_input(frame[None].float())) for frame in frames]
     embedding = torch.cat([picture.image_embeds for picture in pictures])
     expected = head(embedding / embedding.norm(dim=1, keepdim=True)).mean().item() / 10
-    assert abs(scores.aesthetic_quality(clip, head, frames) - expected) < 1e-6
+    assert abs(metrics.aesthetic_quality(clip, head, frames) - expected) < 1e-6
 
 
 def test_missing_weights_are_named_and_left_out(tmp_path, capsys):
-    assert scores.load_metrics(list(scores.FILES), tmp_path, False, torch.device("cpu")) == {}
+    assert metrics.load_metrics(list(metrics.FILES), tmp_path, False, torch.device("cpu")) == {}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "no weights: amt-s.pth, get it from https://" in lines[0]
     (tmp_path / "amt-s.pth").write_bytes(b"not a checkpoint")
-    assert scores.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu")) == {}
+    assert metrics.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu")) == {}
     assert "left out, expected a weights file" in capsys.readouterr().out
     # As AMT's trainer writes it: its learning rates are numpy's.
     optimizer = {"state": {}, "param_groups": [{"lr": np.cos(np.float64(1)), "params": [0]}]}
     torch.save({"epoch": 1, "state_dict": AMT().state_dict(), "optim": optimizer}, tmp_path / "amt-s.pth")
-    assert list(scores.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))) == ["smoothness"]
+    assert list(metrics.load_metrics(["smoothness"], tmp_path, False, torch.device("cpu"))) == ["smoothness"]
+    (tmp_path / "there").write_bytes(b"some")
+    with pytest.raises(ValueError, match="no weights: there"):  # a download with another checksum is not kept
+        metrics.fetch("there", tmp_path.as_uri(), "12345678", tmp_path / "a" / "b", True)
+    assert metrics.fetch("there", tmp_path.as_uri(), "a6b46dd0", tmp_path / "a" / "b", True).read_bytes() == b"some"
 
 
 def test_scores_resume_after_a_kill(tmp_path):
@@ -1605,10 +1613,10 @@ def test_scores_resume_after_a_kill(tmp_path):
         return {"smoothness": 0.5, "dynamic": 1.0}
     scores.score_folder(videos[:2], {"smoothness": (metric, "v1")}, log)
     with open(log, "a") as file:
-        file.write('{"video": "a ball-2.mp4", "scor')  # what a kill leaves of a line
+        file.write('\n{"video": "a ball-2.mp4", "scor')  # what a kill leaves of a line
     rows = scores.score_folder(videos, {"smoothness": (metric, "v1")}, log)
     assert calls == [5, 5, 5] and [r["scores"]["motion"] for r in rows] == [0.75] * 3
-    assert len(scores.read_log(log)) == 3 and rows[2]["frames"] == 5 and rows[2]["fps"] == 16
+    assert len(report.read_jsonl(log)) == 3 and rows[2]["frames"] == 5 and rows[2]["fps"] == 16
     scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)  # other weights: all again
     write_video(videos[0], torch.rand(3, 7, 32, 48) * 2 - 1, 16)      # another file of the same name: it again
     rows = scores.score_folder(videos, {"smoothness": (metric, "v2")}, log)
@@ -1622,6 +1630,42 @@ def test_scores_resume_after_a_kill(tmp_path):
         rows = scores.score_folder(videos[:1], {"smoothness": (starved, "v3")}, log)
         rows = scores.score_folder(videos[:1], {"smoothness": (metric, weights)}, log)
         assert not rows[0]["skipped"] and "smoothness" in rows[0]["scores"]
+
+
+def test_a_file_of_the_same_time_is_known_by_size_and_ends(tmp_path):
+    path, stamps = tmp_path / "a-0.mp4", set()
+    for data in b"a" + bytes(200_000), bytes(200_000) + b"a", bytes(200_001), bytes(200_002):
+        path.write_bytes(data)
+        os.utime(path, (0, 0))
+        stamps.add(scores.score_folder([path], {}, tmp_path / "log")[0]["stamp"])
+    assert len(stamps) == 4
+
+
+ODD_NAMES = [".dot", "{{data}}", "<img src=x>", "a\x1b[31mb\nc\u202e", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_names_may_hold_anything(tmp_path, capsys, odd):
+    folder, clip = tmp_path / odd, world.clip(5)
+    for name in clip.prompts[0], odd:
+        write_video(folder / "new.mp4", clip.pixels[0], 16)
+        (folder / "new.mp4").rename(folder / f"{name}-0.mp4")
+    (folder / f"{odd}-1.mp4").write_bytes(b"no video")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, odd: 1.0}) + "\n[1]\n\0\0\n" + json.dumps({odd: 2}))
+    flags = ["--no_download", "--weights", str(tmp_path), "--out", str(tmp_path / "out"), "--run", str(tmp_path)]
+    scores.main([str(folder), *flags, "--flow_rows", "0", "--embed_mb", "0"])
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out) and "left out of" in out
+    page = (tmp_path / "out" / "report.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert {r["prompt"] for r in data["rows"]} == {odd, clip.prompts[0]} and data["labels"] == [odd]
+    links = {urllib.parse.unquote_to_bytes(cell["href"]) for r in data["rows"] for cell in r["cells"] if "href" in cell}
+    assert {(tmp_path / "out" / os.fsdecode(link)).resolve() for link in links} == set(folder.glob("*-0.mp4"))
+    shown = html.escape(odd).encode("utf-8", "backslashreplace").decode()
+    assert f'aria-label="{shown}"' in page and "<img" not in page and page.count("<polyline") == 1
+    (folder / f"{clip.prompts[0]}-0.mp4").unlink()
+    with pytest.raises(SystemExit, match="no video of .* has a score"):
+        scores.main([str(folder), *flags])
 
 
 def test_odd_files_are_counted_and_named(tmp_path, capsys):
@@ -1639,7 +1683,7 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
         for _ in range(4):
             bare.mux(stream.encode(av.VideoFrame(48, 32, "yuv420p")))
         bare.mux(stream.encode())
-    smooth = {"smoothness": (lambda frames, fps: {"smoothness": scores.motion_smoothness(AMT(), frames)}, "v1")}
+    smooth = {"smoothness": (lambda frames, fps: {"smoothness": metrics.motion_smoothness(AMT(), frames)}, "v1")}
     rows = scores.score_folder(scores.find_videos(tmp_path, set()), smooth, tmp_path / "out" / "scores.jsonl")
     left_out = {r["video"]: r["error"] for r in rows if "error" in r}
     assert set(left_out) == {"empty-0.mp4", "gone-0.mp4", "text-0.mp4", "cut-0.mp4", "no rate-0.mp4"}
@@ -1650,6 +1694,9 @@ def test_odd_files_are_counted_and_named(tmp_path, capsys):
     assert dict(zip(header, cells)) == {
         "folder": "odd", "smoothness": "-", "videos": "2", "prompts": "2", "fps": "16", "frames": "1-6",
         "size": "32x48", "left out": "5"}
+    notes = scores.notes_on([tmp_path], ["odd"], [rows + rows[:1]], {"a cat"})
+    assert notes[-3:] == ["odd: no video of 1 prompts, such as 'a cat'", "odd: 1 other entries, not scored",
+                          "odd: 1 files share prompt and index with another; differences take one"]
     with pytest.raises(ValueError, match="none of the prompts"):
         scores.find_videos(tmp_path, {"a cat"})
 
@@ -1668,23 +1715,26 @@ def test_differences_are_paired_and_bootstrapped():
     assert table[1] == ["b", "+0.250 [+0.250, +0.250]", "6", "2"]
 
 
-def test_tally_counts_wins_of_the_first_folder(tmp_path):
+def test_tally_counts_wins_of_the_first_folder(tmp_path, capsys):
     files = [answers("one", motion="aabt", visual="tttt", text="bbbb"),
              answers("two", motion="aaaa", visual="tttt", text="bbba")]
-    result = scores.tally(files)
+    result = survey.tally(files)
     assert [result["motion"][k][0] for k in ("win", "tie", "lose")] == [6 / 8, 1 / 8, 1 / 8]
     assert result["visual"]["tie"] == (1, 1, 1) and result["text"]["lose"][0] == 7 / 8
     assert result["motion"]["win"][1] < 6 / 8 < result["motion"]["win"][2]
-    paths = [tmp_path / f"{i}.json" for i in range(6)]
-    odd = {**files[0], "folders": ["alone"]}, {**files[0], "survey": None}, {**files[0], "answers": [{"motion": []}]}
-    odd[1].pop("survey")
-    for path, file in zip(paths, [files[0], files[0], {**files[1], "survey": "other"}, *odd]):
+    odd = [files[0], {**files[1], "survey": "other"}, {**files[1], "folders": ["theirs", "ours"]},
+           {**files[0], "folders": ["alone"]}, {k: v for k, v in files[0].items() if k != "survey"},
+           {**files[0], "answers": [{"motion": []}]}, answers("one", motion="c", visual="t", text="t")]
+    paths = [tmp_path / f"{i}.json" for i in range(9)]
+    for path, file in zip(paths, files + odd):
         path.write_text(json.dumps(file))
-    bad = [(paths[:2], "of one person"), (paths[:3:2], "different surveys")]
-    bad += [([path], "expected answers") for path in (*paths[3:], tmp_path / "no")]
-    for given, reason in bad:
+    survey.main(["tally", *map(str, paths[:2])])
+    out = capsys.readouterr().out
+    assert "ours against theirs: 2 people, 4 pairs, 8 judgements" in out and "75.0% [50.0%, 100.0%]" in out
+    bad = [((0, 2), "of one person"), ((0, 3), "different surveys"), ((0, 4), "different surveys")]
+    for given, reason in bad + [((i,), "expected answers") for i in range(5, 10)]:
         with pytest.raises(ValueError, match=reason):
-            scores.read_answers(given)
+            survey.read_answers([tmp_path / f"{i}.json" for i in given])
 
 
 def test_toy_figures_are_exact(tmp_path):
@@ -1696,6 +1746,22 @@ def test_toy_figures_are_exact(tmp_path):
     assert abs(found["toy_net_speed"] - clip.velocity[0].norm().item()) < 0.1 and found["toy_position_error"] < 0.6
 
 
+def test_two_ranks_score_as_one(tmp_path, capsys):
+    for i in range(3):
+        clip = world.clip(i)
+        write_video(tmp_path / "in" / f"{clip.prompts[0]}-{i}.mp4", clip.pixels[0], 16)
+    flags = [str(tmp_path / "in"), "--no_download", "--weights", str(tmp_path), "--flow_rows", "0", "--out"]
+    scores.main([*flags, str(tmp_path / "1")])
+    port = str(socket.create_server(("localhost", 0)).getsockname()[1])
+    env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)  # as torchrun sets them
+    command = [sys.executable, scores.__file__, *flags, str(tmp_path / "2")]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(env, RANK=i)) for i in "01"]
+    printed = "".join(rank.communicate()[0] for rank in ranks)
+    assert printed.replace(f"{tmp_path}/2/", f"{tmp_path}/1/") == capsys.readouterr().out
+    one, two = (sorted(next((tmp_path / out).glob("*.jsonl")).read_text().split("\n")) for out in "12")
+    assert one == two and (tmp_path / "1/report.html").read_text() == (tmp_path / "2/report.html").read_text()
+
+
 def test_report_is_one_file_sorted_by_difference(tmp_path):
     names = ["still <b>", "moving </script>"]
     motions = (0.5, 0.5), (0.5, 0.9)
@@ -1703,7 +1769,7 @@ def test_report_is_one_file_sorted_by_difference(tmp_path):
     for i, r in enumerate(itertools.chain(*folders)):
         r["path"] = tmp_path / f"{i}.mp4"
         r["path"].write_bytes(bytes([i]) * (900 if i else 2000))
-    log = ['{"step": 0, "dmd": 1.0}', '{"step": 1, "dmd": NaN}', '{"step": 2, "dmd": 0.5}', '{"st']
+    log = ['{"cycle": 0, "dmd": 1.0}', '{"cycle": 1, "dmd": NaN}', '{"cycle": 2, "dmd": 0.5}', '{"cy']
     (tmp_path / "log.jsonl").write_text("\n".join(log))
     tables, columns = [("Measured", [["folder", "motion"], ["a", "0.5"]])], {"motion": "motion score"}
     runs = {tmp_path: report.read_run(tmp_path)}
@@ -1721,19 +1787,27 @@ def test_toy_raft_draws_small_clips_only(tmp_path):
     large = dict(path=tmp_path / "large.mp4", height=160, width=160, frames=5)
     assert report.draw_row(rafts, [large], tmp_path) == [large["path"]]  # the video itself
     write_video(tmp_path / "small.mp4", torch.rand(3, 5, 64, 64) * 2 - 1, 16)
-    small = dict(path=tmp_path / "small.mp4", height=64, width=64, frames=5, fps=16, bytes=1, mtime=1)
+    small = dict(path=tmp_path / "small.mp4", height=64, width=64, frames=5, fps=16, stamp="1")
     (picture,) = report.draw_row(rafts, [small], tmp_path / "clips")
+    picture.write_bytes(b"")  # what a power loss may leave: made anew
+    assert report.draw_row(rafts, [small], tmp_path / "clips") == [picture]
     assert video_info(picture)[2:] != (64, 64) and picture.parent == tmp_path / "clips"
 
 
-def test_survey_holds_the_common_samples(tmp_path):
+@pytest.mark.parametrize("odd", ODD_NAMES)
+def test_survey_holds_the_common_samples(tmp_path, odd):
     for folder, count in ("ours", 3), ("theirs", 2):
+        (tmp_path / folder).mkdir()
         for i in range(count):
-            write_video(tmp_path / folder / f"a dog-{i}.mp4", torch.zeros(3, 2, 16, 16), 16)
-    videos = [scores.find_videos(tmp_path / folder, set()) for folder in ("ours", "theirs")]
-    pairs = scores.pair_up(*videos)
-    assert [pair[:2] for pair in pairs] == [("a dog", 0), ("a dog", 1)]
-    page = report.write_survey(tmp_path, ["ours", "theirs"], pairs, embed_mb=0).read_text()
-    assert len(list((tmp_path / "survey_files").iterdir())) == 4
-    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+            (tmp_path / folder / f"{odd}-{i}.mp4").write_bytes(b"a video")
+    folders, out = [tmp_path / "ours", tmp_path / "theirs"], tmp_path / "out"
+    survey.main(["page", *map(str, folders), "--out", str(out), "--embed_mb", "0"])
+    assert len(list((out / "survey_files").iterdir())) == 4
+    data = json.loads((out / "survey.html").read_text().split('id="data">')[1].split("</script>")[0])
     assert list(data["questions"]) == ["motion", "visual", "text"] and "ours" not in str(data["pairs"])
+    assert [(pair["prompt"], pair["index"]) for pair in data["pairs"]] == [(odd, 0), (odd, 1)]
+    pairs, ids = survey.pair_up(*(scores.find_videos(folder, set()) for folder in folders)), {data["survey"]}
+    pairs[0][3].write_bytes(b"another")
+    for labels in ["ours", "theirs"], ["a", "theirs"]:  # other videos, other names: another survey
+        ids.add(re.search('"survey": "(.*?)"', survey.write_survey(out, labels, pairs).read_text())[1])
+    assert len(ids) == 3

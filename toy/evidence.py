@@ -89,8 +89,8 @@ def train(name, flags, seed):
     out, flags = RUNS / name, flags.split()
     out.mkdir(parents=True, exist_ok=True)
     patches = [flag for flag in flags if flag.endswith(".patch")]
-    command = [sys.executable, patched(name, patches) / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out", out,
-               "--samples", "0", "--seed", str(seed), "--workers", "1", *(flag for flag in flags if flag not in patches)]
+    command = [sys.executable, patched(name, patches) / "train.py", "--preset", "toy", "--weights", WEIGHTS, "--out",
+               out, "--samples", "0", "--seed", str(seed), "--workers", "1", *(f for f in flags if f not in patches)]
     with open(out / "train.log", "a") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=env)
