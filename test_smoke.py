@@ -8,6 +8,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes
 
+import contextlib
 import copy
 import html
 import inspect
@@ -139,6 +140,13 @@ def test_dit_init_starts_at_zero_velocity():
         WanDiT(TINY)(z, t, context[:, :5])
 
 
+def test_sampling_in_inference_mode_leaves_training_alone():
+    net, args = WanDiT(TINY), (torch.randn(1, 16, 3, 6, 2), torch.tensor([0.5]), torch.randn(1, 24, 32))
+    with torch.inference_mode():
+        net(*args)
+    net(*args).sum().backward()  # would refuse a table of positions from that mode
+
+
 def test_weight_files_of_every_layout(tmp_path):
     net, g = golden_dit()
     state, hf = net.state_dict(), load_file(GOLDEN / "wan_dit_tiny_diffusers.safetensors")
@@ -159,13 +167,31 @@ def test_weight_files_of_every_layout(tmp_path):
     rcm = {f"net.{key}": value for key, value in state.items()}
     rcm["net.patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
     torch.save(rcm, tmp_path / "rcm.pt", _use_new_zipfile_serialization=False)
+    wrapped = {"ema": "_orig_mod.", "model_state": "module.", "module": "diffusion_model.model."}
+    for wrapper, prefix in wrapped.items():
+        inner = {prefix + key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): state[key] for key in state}
+        torch.save({"ema": {}, "model": {wrapper: inner}, "optimizer": {"x": {}}}, tmp_path / f"{wrapper}.pt")
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
     assert (tmp_path / "ours.safetensors").stat().st_mode == index_file.stat().st_mode  # others may read it
     assert load_dit(tmp_path / "ours.safetensors").cfg == TINY
-    for name in "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt":
+    names = "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt"
+    for name in *names, *(f"{wrapper}.pt" for wrapper in wrapped):
         got = load_dit(tmp_path / name, TINY).state_dict()
         assert all(torch.equal(got[key], state[key]) for key in state), name
+
+
+@pytest.mark.parametrize("path, asked", [("owner/name", ["*.json"]), ("owner/name/a/dit", ["a/dit", "a/dit/*.json"]),
+                                         ("toy/weights/misspelt.pt", None)])  # a folder that is here owns no repository
+def test_hub_names(tmp_path, monkeypatch, path, asked):
+    place, seen = tmp_path / "/".join(path.split("/")[2:]), []
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "model.pt").touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, ignore_patterns:
+                        seen.append((name, allow_patterns[: len(asked)])) or tmp_path)
+    monkeypatch.chdir(files.REPO)
+    with contextlib.nullcontext() if asked else pytest.raises(ValueError, match="no such file"):
+        assert files.find_weights(path) == place / "model.pt" and seen == [("owner/name", asked)]
 
 
 def test_wrong_weight_files_are_named(tmp_path):
@@ -372,8 +398,21 @@ def test_prompts_are_cleaned_as_wan_does(tmp_path):
     dirty = " “Rock ’n’ roll”，&amp;amp;ﬁne\u3000Ｃａｆe\u0301 ｶﾞ&#39; <Ĳ>\n\tＷ\ufeff ŉ \ufb05 "
     assert clean_prompt(dirty) == "\"Rock 'n' roll\",&fine Caf\u00e9 ガ' <IJ> W 'n ſt"
     assert "，" not in clean_prompt(WAN_NEGATIVE)
-    (tmp_path / "windows.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert text.read_prompts(tmp_path / "windows.txt") == ["a cat"]
+    (tmp_path / "odd.txt").write_bytes("\ufeffa cat\r\na\u2028b\x85c\vd\n".encode() + b"caf\xe9\n\n#x\n")
+    assert text.read_prompts(tmp_path / "odd.txt") == ["a cat", "a\u2028b\x85c\vd", "caf\ufffd"]
+    (tmp_path / "windows.txt").write_text("a cat\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="UTF-16"):
+        text.read_prompts(tmp_path / "windows.txt")
+
+
+@pytest.mark.parametrize("prompt", ["a cat. 9-1", "a/b", ".hidden", "é" * 300, "a\0b\x1b[2J", "x~0123abcd"])
+def test_prompts_name_files(tmp_path, prompt):
+    stem = text.file_stem(prompt)
+    write_video(tmp_path / f"{stem}-3.mp4", moving_clip(1), 16, json.dumps({"prompt": prompt}))
+    assert text.prompt_of(tmp_path / f"{stem}-3.mp4") == (prompt, 3)
+    assert len(stem.encode()) <= 240 and stem[0] != "." and stem.isprintable()
+    assert (stem == prompt) == (prompt[0] in "ax" and prompt.isprintable() and "/" not in prompt)
+    assert text.prompt_of(Path("not ours~0123abcd.mp4")) == ("not ours~0123abcd", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -950,11 +989,18 @@ def run_sample(*flags):
     return 0
 
 
-def test_sample_writes_the_same_video_at_any_batch_size(tmp_path):
+def test_sample_writes_the_same_video_at_any_batch_size_and_number_of_ranks(tmp_path, monkeypatch):
     two = "--prompt", "a red circle", "--prompt", "a blue square", "--num_videos", 2, "--cache", tmp_path / "cache"
-    assert run_sample(*two, "--out_dir", tmp_path / "a", "--batch_size", 4, "--steps", 2) == 0
-    assert run_sample(*two, "--out_dir", tmp_path / "b", "--batch_size", 3, "--steps", 2) == 0
-    assert run_sample(*two[2:4], "--seed", 100001, "--out", tmp_path / "c.mp4", "--steps", 2, *two[-2:]) == 0
+    few = "--sampler", "few_step", "--steps", 2
+    assert run_sample(*two, "--out_dir", tmp_path / "a", "--batch_size", 4, *few) == 0
+    assert run_sample(*two[2:4], "--seed", 100001, "--out", tmp_path / "c.mp4", *few, *two[-2:]) == 0
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+    for rank in "012":  # each sees the same videos done, as none begins before all have looked
+        for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="3", LOCAL_WORLD_SIZE="3").items():
+            monkeypatch.setenv(key, value)
+        before = len(list(tmp_path.glob("b/*")))
+        assert run_sample(*two, "--out_dir", tmp_path / "b", "--batch_size", 3, *few) == 0
+        assert len(list(tmp_path.glob("b/*"))) - before == (2 if rank == "0" else 1)
     names = [f"a {thing}-{i}.mp4" for thing in ("blue square", "red circle") for i in range(2)]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     clips = [read_video(tmp_path / "a" / name)[0] for name in names]
@@ -990,14 +1036,40 @@ def test_sample_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert run_sample(*flags, "--guidance", 3) == 2 and "made with other settings" in capsys.readouterr().err
 
 
-def test_generator_given_as_a_folder(tmp_path):
-    sampler = json.dumps({"timesteps": [1000, 600], "shift": 3.0})
-    save_dit(WanDiT(TINY), tmp_path / "generator.safetensors", preset="toy", sampler=sampler)
-    for folder, steps, teacher in (tmp_path, 2, False), (os.path.relpath(WEIGHTS["toy"]), 50, True):
-        args = sample.parse_flags(["--generator", str(folder)])
+@pytest.mark.parametrize("flags, want", [
+    ("--generator RUN", ("few_step", 2, [1000, 600])), ("--generator BASE", ("unipc", 50, None)),
+    ("--generator RUN --steps 1", ("few_step", 1, [1000, 600])), ("--sampler unipc", ("unipc", 50, None)),
+    ("--generator RUN --timesteps 900 500 20", ("few_step", 3, [900, 500, 20])),
+    ("--generator RUN --sampler unipc --steps 4", ("unipc", 4, None)), ("--steps 4", "up to the student's 3"),
+    ("--generator RUN/other.safetensors --timesteps 900", ("few_step", 1, [900])), ("--timesteps 9 10", "falling"),
+    ("--generator RUN/other.safetensors", "--sampler few_step,"), ("--generator RUN/odd.safetensors", "in the header"),
+    ("--generator RUN --guidance 2", "no --guidance with"), ("--generator BASE --timesteps 9", "no --timesteps with"),
+    ("--preset wan1.3b --weights RUN/none --sampler few_step", "a student for")])
+def test_weights_and_flags_decide_the_sampler(tmp_path, monkeypatch, flags, want):
+    for name, timesteps in dict(generator=[1000, 600], odd=[600, "x"], other=None).items():
+        sampler = {"sampler": json.dumps({"timesteps": timesteps, "shift": 3.0})} if timesteps else {}
+        save_dit(WanDiT(TINY), tmp_path / f"{name}.safetensors", preset="toy", **sampler)
+    monkeypatch.setattr(sample, "REPO", tmp_path)  # where no runs are
+    flags = flags.replace("BASE", os.path.relpath(WEIGHTS["toy"])).replace("RUN", str(tmp_path))
+    args = sample.parse_flags(flags.split())
+    with pytest.raises(ValueError, match=want) if isinstance(want, str) else contextlib.nullcontext():
         sample.resolve(args)
         sample.choose_generator(args)
-        assert (args.preset, args.steps, args.teacher) == ("toy", steps, teacher)
+        assert (args.sampler, args.steps, args.timesteps and list(args.timesteps)) == want
+
+
+def test_extended_prompts_are_drawn_under_the_names_of_the_short_ones(tmp_path, capsys):
+    for name, lines in dict(short="a red circle\na/b\n", long="a blue square\na green square\n", few="x\n").items():
+        (tmp_path / name).write_text(lines)
+    flags = "--prompts", tmp_path / "short", "--cache", tmp_path / "cache", "--out_dir"
+    assert run_sample(*flags, tmp_path / "a", "--steps", 2, "--extended_prompts", tmp_path / "long") == 0
+    assert run_sample("--prompt", "a blue square", *flags[2:], tmp_path / "b", "--steps", 2) == 0
+    short, long = tmp_path / "a" / "a red circle-0.mp4", tmp_path / "b" / "a blue square-0.mp4"
+    assert torch.equal(read_video(short)[0], read_video(long)[0])
+    assert {text.prompt_of(path) for path in (tmp_path / "a").iterdir()} == {("a red circle", 0), ("a/b", 0)}
+    assert json.loads(text.comment_of(short))["extended_prompt"] == "a blue square"
+    assert run_sample(*flags, tmp_path / "c", "--extended_prompts", tmp_path / "few") == 2
+    assert "a line for each of the 2 of --prompts, got 1" in capsys.readouterr().err
 
 
 def test_sample_refuses_in_one_line(tmp_path, capsys):
@@ -1005,12 +1077,13 @@ def test_sample_refuses_in_one_line(tmp_path, capsys):
     wan = f"--preset wan1.3b --prompt x --weights {tmp_path}/w --generator {tmp_path}/w"
     state = {key: torch.full_like(value, math.nan) for key, value in WanDiT(CONFIGS["toy"]).state_dict().items()}
     save_dit(state, tmp_path / "nan.safetensors", CONFIGS["toy"])
-    nan = f"--generator {tmp_path}/nan.safetensors --steps 1 --out {tmp_path}/a.mp4 --cache {tmp_path}/cache"
+    nan = f"--generator {tmp_path}/nan.safetensors --timesteps 900 --out {tmp_path}/a.mp4 --cache {tmp_path}/cache"
     bad = {"--frames 16": "try 17", "--height 40": "divisible by 16", "--step 3": "unrecognized",
            "--preset huge": "toy, wan1.3b", "--prompts nowhere.txt": "nowhere.txt",
-           f"--prompts {tmp_path}/none.txt": "got none", "--fps 0": "above 0", "--fps inf": "above 0",
-           "--guidance nan": "a finite --guidance", nan: "finite pixels", "--out a.gif": "one .mp4",
-           "--prompt a/b --num_videos 2": "cannot name a file", f"--prompt {'x' * 300} --num_videos 2": "250 bytes",
+           f"--prompts {tmp_path}/none.txt": "got none", "--fps 1e-9": "from 0.1 to 1000",
+           "--fps inf": "from 0.1", f"--seed {10**19}": "from 0 to", "--num_videos 100001": "1 to 100000",
+           "--height 16000000": "16 to 4096", "--guidance nan": "--guidance from -100 to 100", nan: "finite pixels",
+           "--out a.gif": "one .mp4",
            "--out a.mp4 --num_videos 2": "--out_dir", "--seed x": "--seed",
            "--device meta": "cpu or cuda", "--frames 1 --flow": "--frames 5 or more with --flow",
            wan: "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir"}
