@@ -136,6 +136,7 @@ def sinusoid(t, dim):
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # the cache outlives such a mode, and autograd refuses what was made in one
 def rope_table(f, h, w, head_dim, device):
     """exp(i angle) of 3-D rotary positions, complex64 [f h w, 1, head_dim / 2].
 

@@ -8,6 +8,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes
 
+import contextlib
 import copy
 import html
 import inspect
@@ -139,6 +140,13 @@ def test_dit_init_starts_at_zero_velocity():
         WanDiT(TINY)(z, t, context[:, :5])
 
 
+def test_sampling_in_inference_mode_leaves_training_alone():
+    net, args = WanDiT(TINY), (torch.randn(1, 16, 3, 6, 2), torch.tensor([0.5]), torch.randn(1, 24, 32))
+    with torch.inference_mode():
+        net(*args)
+    net(*args).sum().backward()  # would refuse a table of positions from that mode
+
+
 def test_weight_files_of_every_layout(tmp_path):
     net, g = golden_dit()
     state, hf = net.state_dict(), load_file(GOLDEN / "wan_dit_tiny_diffusers.safetensors")
@@ -159,13 +167,31 @@ def test_weight_files_of_every_layout(tmp_path):
     rcm = {f"net.{key}": value for key, value in state.items()}
     rcm["net.patch_embedding.weight"] = state["patch_embedding.weight"].flatten(1)
     torch.save(rcm, tmp_path / "rcm.pt", _use_new_zipfile_serialization=False)
+    wrapped = {"ema": "_orig_mod.", "model_state": "module.", "module": "diffusion_model.model."}
+    for wrapper, prefix in wrapped.items():
+        inner = {prefix + key.replace("blocks.1.", "blocks.1._checkpoint_wrapped_module."): state[key] for key in state}
+        torch.save({"ema": {}, "model": {wrapper: inner}, "optimizer": {"x": {}}}, tmp_path / f"{wrapper}.pt")
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         assert file.metadata()["step"] == "7"
     assert (tmp_path / "ours.safetensors").stat().st_mode == index_file.stat().st_mode  # others may read it
     assert load_dit(tmp_path / "ours.safetensors").cfg == TINY
-    for name in "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt":
+    names = "ours.safetensors", "diffusers.safetensors", "", "causvid.pt", "self_forcing.pt", "rcm.pt"
+    for name in *names, *(f"{wrapper}.pt" for wrapper in wrapped):
         got = load_dit(tmp_path / name, TINY).state_dict()
         assert all(torch.equal(got[key], state[key]) for key in state), name
+
+
+@pytest.mark.parametrize("path, asked", [("owner/name", ["*.json"]), ("owner/name/a/dit", ["a/dit", "a/dit/*.json"]),
+                                         ("toy/weights/misspelt.pt", None)])  # a folder that is here owns no repository
+def test_hub_names(tmp_path, monkeypatch, path, asked):
+    place, seen = tmp_path / "/".join(path.split("/")[2:]), []
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "model.pt").touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns, ignore_patterns:
+                        seen.append((name, allow_patterns[: len(asked)])) or tmp_path)
+    monkeypatch.chdir(files.REPO)
+    with contextlib.nullcontext() if asked else pytest.raises(ValueError, match="no such file"):
+        assert files.find_weights(path) == place / "model.pt" and seen == [("owner/name", asked)]
 
 
 def test_wrong_weight_files_are_named(tmp_path):

@@ -27,13 +27,17 @@ WEIGHTS = {  # the folder of each preset; the full-size ones are the hub reposit
 
 
 def find_weights(path, what="weights"):
-    """The weights file behind a path: a file, a folder (official, diffusers, ours) or a hub 'owner/name'."""
+    """The weights file behind a path: a file, a folder (official, diffusers, ours), a hub 'owner/name[/inside]'."""
     path = Path(path)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    hub, inside = "/".join(path.parts[:2]), "/".join(path.parts[2:])
+    local = path.exists() or inside and Path(path.parts[0]).exists()  # a misspelt file of ours is nobody's repository
+    if not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(path)):
         from huggingface_hub import snapshot_download
+        kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
+        if inside:
+            kinds, other = [inside, *(f"{inside}/{kind}" for kind in kinds)], None
         try:
-            kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
-            path = Path(snapshot_download(str(path), allow_patterns=kinds, ignore_patterns=other))
+            path = Path(snapshot_download(hub, allow_patterns=kinds, ignore_patterns=other)) / inside
         except Exception as error:  # offline, misspelt, gated: to the caller each is a missing file
             raise ValueError(f"expected {what} at {path}: no such file, and the hub gave none "
                              f"({type(error).__name__})") from None
@@ -54,6 +58,10 @@ def find_weights(path, what="weights"):
 # unless they are allowed, under the names of numpy 1 and 2.
 NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
                 *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+# What training checkpoints keep the generator under, EMA first; one may hold another.
+WRAPPERS = "generator_ema", "ema", "generator", "model", "model_state", "module", "state_dict"
 
 
 def read_state_dict(path, entry=None):
@@ -81,12 +89,17 @@ def read_state_dict(path, entry=None):
         state.update(read_state_dict(path.parent / shard)[0])
     if not isinstance(state, dict):
         raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
-    dicts = [name for name, value in state.items() if isinstance(value, dict)]
-    if entry and dicts and entry not in dicts:
+    outer = state
+    while inner := {name: value for name, value in state.items() if isinstance(value, dict) and value}:
+        if entry in inner:
+            return inner[entry], meta
+        found = next((name for name in WRAPPERS if name in inner), None)
+        if not found:
+            break
+        state = inner[found]
+    dicts = [name for name, value in outer.items() if isinstance(value, dict)]
+    if entry and dicts:
         raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
-    for name in entry, "generator_ema", "generator", "model", "state_dict":
-        if name in dicts:
-            return state[name], meta
     return state, meta
 
 
@@ -126,13 +139,13 @@ def load_strict(module, state, source):
     return module
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Layouts: other names for the official keys
 
 
-PREFIXES = [  # of FSDP1; of ComfyUI, CausVid and rCM
-    (r"_fsdp_wrapped_module\.", ""), (r"^(model\.diffusion_model\.|model\.|net\.)+", ""),
+PREFIXES = [  # of FSDP1, checkpointing and torch.compile, anywhere; of ComfyUI, CausVid, rCM and DDP, in front
+    (r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", ""),
+    (r"^((model|diffusion_model|net|module)\.)+", ""),
 ]
 FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
     (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
