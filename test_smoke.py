@@ -398,8 +398,21 @@ def test_prompts_are_cleaned_as_wan_does(tmp_path):
     dirty = " “Rock ’n’ roll”，&amp;amp;ﬁne\u3000Ｃａｆe\u0301 ｶﾞ&#39; <Ĳ>\n\tＷ\ufeff ŉ \ufb05 "
     assert clean_prompt(dirty) == "\"Rock 'n' roll\",&fine Caf\u00e9 ガ' <IJ> W 'n ſt"
     assert "，" not in clean_prompt(WAN_NEGATIVE)
-    (tmp_path / "windows.txt").write_text("a cat\n", encoding="utf-8-sig")
-    assert text.read_prompts(tmp_path / "windows.txt") == ["a cat"]
+    (tmp_path / "odd.txt").write_bytes("\ufeffa cat\r\na\u2028b\x85c\vd\n".encode() + b"caf\xe9\n\n#x\n")
+    assert text.read_prompts(tmp_path / "odd.txt") == ["a cat", "a\u2028b\x85c\vd", "caf\ufffd"]
+    (tmp_path / "windows.txt").write_text("a cat\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="UTF-16"):
+        text.read_prompts(tmp_path / "windows.txt")
+
+
+@pytest.mark.parametrize("prompt", ["a cat. 9-1", "a/b", ".hidden", "é" * 300, "a\0b\x1b[2J", "x~0123abcd"])
+def test_prompts_name_files(tmp_path, prompt):
+    stem = text.file_stem(prompt)
+    write_video(tmp_path / f"{stem}-3.mp4", moving_clip(1), 16, json.dumps({"prompt": prompt}))
+    assert text.prompt_of(tmp_path / f"{stem}-3.mp4") == (prompt, 3)
+    assert len(stem.encode()) <= 240 and stem[0] != "." and stem.isprintable()
+    assert (stem == prompt) == (prompt[0] in "ax" and prompt.isprintable() and "/" not in prompt)
+    assert text.prompt_of(Path("not ours~0123abcd.mp4")) == ("not ours~0123abcd", 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
-"""Text for the DiT: prompts from a file, Wan's cleaning, UMT5 or the toy's encoder, and a cache of encoded prompts."""
+"""Prompts in files and as names of videos; for the DiT Wan's cleaning, UMT5 or the toy's encoder, encoded prompts."""
 
+import contextlib
 import functools
 import hashlib
 import html
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from cli import expect, print0
+from video import open_video
 from weights import find_weights, load_strict, read_state_dict, rename, write_tensors
 
 # Wan's own negative prompt (Wan-Video/Wan2.1, shared_config.py); DMD teachers were guided with it.
@@ -25,18 +28,51 @@ NEGATIVE_PROMPT = {"toy": "", "wan1.3b": WAN_NEGATIVE, "wan14b": WAN_NEGATIVE}
 
 
 def read_prompts(path):
-    """The lines of a text file less blanks and # comments, or the toy world's for ""; ValueError if there are none."""
+    """The lines of a text file less blanks and # comments, or the toy world's for ""; ValueError if there are none.
+
+    Only \\n, or \\r\\n, ends a line. What is not UTF-8 is told, read as U+FFFD, and stops no other line.
+    """
     if not path:
         from toy.world import PROMPTS
         return PROMPTS
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except OSError as error:
         raise ValueError(f"expected a text file with one prompt a line, got {path} ({type(error).__name__})") from None
+    expect(b"\0" not in data, "a UTF-8 file with one prompt a line", f"{path}, with zero bytes in it (UTF-16?)")
+    lines = [line.strip() for line in data.decode(errors="replace").split("\n")]
+    odd = [i for i, line in enumerate(lines, 1) if "\ufffd" in line]
+    if odd:
+        print0(f"{path}: {len(odd)} lines are not UTF-8, such as line {odd[0]}: {lines[odd[0] - 1][:60]!r}")
     prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise ValueError(f"expected at least one prompt in {path}, got none")
+    expect(prompts, f"at least one prompt in {path}", "none")
     return prompts
+
+
+CUT = re.compile(r"~[0-9a-f]{8}$")
+
+
+def file_stem(prompt):
+    """The prompt, after which VBench names files; of one that no file can be named after a part, ~ and its hash."""
+    plain = re.sub(r"^\.|[/\0-\x1f\x7f-\x9f]", "_", prompt)
+    if plain == prompt and len(prompt.encode()) <= 240:
+        return prompt
+    return plain.encode()[:200].decode(errors="ignore") + "~" + hashlib.sha256(prompt.encode()).hexdigest()[:8]
+
+
+def prompt_of(path):
+    """(prompt, i) of a video named {prompt}-{i}, else (its name, 0); a cut prompt stands whole in the comment."""
+    found = re.fullmatch(r"(.*)-(\d+)", path.stem, re.DOTALL)
+    prompt, index = (found[1], int(found[2])) if found else (path.stem, 0)
+    if CUT.search(prompt):
+        with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
+            prompt = str(json.loads(comment_of(path))["prompt"])
+    return prompt, index
+
+
+def comment_of(path):
+    with open_video(path) as (container, _):
+        return container.metadata.get("comment", "")
 
 
 T5_KEYS = [  # official UMT5 encoder file -> transformers
@@ -127,7 +163,6 @@ def load_text_encoder(path, device="cpu"):
         config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
         vocab = {word: i for i, word in enumerate(words)}
         text_len, tokenize = config.pop("text_len"), functools.partial(words_to_ids, vocab=vocab)
-        state = {key: value.float() for key, value in state.items()}
     elif official.exists():
         state, config, text_len = rename(read_state_dict(official)[0], T5_KEYS), UMT5_XXL, 512
         tokenize = load_tokenizer(path / "google" / "umt5-xxl")
@@ -138,11 +173,12 @@ def load_text_encoder(path, device="cpu"):
     else:
         raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
                          "text_encoder/")
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
     with torch.device("meta"):
         model = UMT5EncoderModel(UMT5Config(**config))
-    if model.config.d_model == UMT5_XXL["d_model"]:
-        state = {key: value.to(torch.bfloat16) for key, value in state.items()}
+    dtype = torch.bfloat16 if model.config.d_model == UMT5_XXL["d_model"] else torch.float32
+    for key in state:  # one at a time: the official file is bf16, and stays the only copy, mapped from the disk
+        state[key] = state[key].to(dtype)
+    state["encoder.embed_tokens.weight"] = state["shared.weight"]
     load_strict(model, state, path)
     model.encoder.embed_tokens = model.shared
     return TextEncoder(model.to(device), tokenize, text_len)
