@@ -2,30 +2,33 @@
 
     python sample.py --prompt "a red circle moving right quickly"                 one clip, sample.mp4
     python sample.py --prompts prompts.txt --num_videos 5 --out_dir samples       VBench's names, {prompt}-{i}.mp4
+    torchrun --nproc_per_node 8 sample.py --prompts prompts.txt --out_dir ...     shared among eight cards
     python sample.py --prompt "..." --generator runs/wan1.3b/generator.safetensors --flow
-    python sample.py --prompt "..." --preset wan1.3b --steps 50                   the teacher
+    python sample.py --prompt "..." --preset wan1.3b --sampler unipc              the teacher
 
-With no more --steps than the student was distilled for, this is the few-step sampler of training; with more, the
-teacher's. With --out_dir, the same command again goes on where it was stopped. Video i of prompt p (both from 0,
-repeated prompts dropped) has the seed --seed + 100000 p + i, VBench's rule, whatever the batch size.
+The weights decide the sampler: few_step, training's own, for a student, unipc for the base model. With --out_dir, the
+same command again goes on where it was stopped. Video i of prompt p (both from 0, repeated prompts dropped) has the
+seed --seed + 100000 p + i, VBench's rule, whatever the batch size and the number of processes.
 """
 
 import argparse
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import chosen_preset, one_line
+from cli import chosen_preset, expect, one_line, print0, rank, world
 from flow_viz import clip_beside_flow
 from model import few_step, few_step_times, load_dit, sample_noise, shift_time
 from raft import check_size, find_raft, load_raft, video_flow
-from text import NEGATIVE_PROMPT, encode_prompts, read_prompts
+from text import NEGATIVE_PROMPT, comment_of, encode_prompts, file_stem, read_prompts
 from vae import load_vae
-from video import open_video, write_video
+from video import write_video
 from weights import REPO, WEIGHTS, header
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
@@ -36,6 +39,10 @@ SAMPLING = {  # defaults of each preset: timesteps are the student's; Wan's shif
     "wan14b": dict(**WAN, shift=5.0, guidance=5.0, negative_prompt=NEGATIVE_PROMPT["wan14b"]),
 }
 TEACHER_STEPS = 50
+RANGES = {  # of the flags; video 100000 would have the next prompt's seed
+    "num_videos": (1, 100000), "seed": (0, 10**15), "height": (16, 4096), "width": (16, 4096), "frames": (1, 4097),
+    "fps": (0.1, 1000), "steps": (1, 1000), "shift": (0.01, 1000), "guidance": (-100, 100), "batch_size": (1, 1024),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,7 +65,7 @@ def unipc(v_fn, z, steps, shift):
     sigmas = unipc_sigmas(steps, shift)
     lam = [math.log((1 - s) / s) for s in sigmas[:-1]]
     x1 = x2 = z_last = None  # x one and two steps ago; z after the last correction
-    for i in tqdm(range(steps), desc="UniPC", leave=False, disable=None):
+    for i in tqdm(range(steps), desc="UniPC", leave=False, disable=rank() > 0 or None):
         x = z - sigmas[i] * v_fn(z, sigmas[i])
         if i == steps - 1:
             return x
@@ -97,15 +104,16 @@ def decode(vae, z):
 
 
 @torch.no_grad()
-def generate(args, net, vae, contexts, prompts, seeds):
-    """Pixels [B, 3, T, H, W] in about [-1, 1], fp32 on the CPU, of one prompt and one seed a sample."""
+def generate(args, net, vae, contexts, texts, seeds):
+    """Pixels [B, 3, T, H, W] in about [-1, 1], fp32 on the CPU, of one text and one seed a sample."""
     shape = net.cfg.in_dim, 1 + (args.frames - 1) // 4, args.height // 8, args.width // 8
-    noise = sample_noise(seeds, shape, 1 if args.teacher else args.steps).to(args.device)        # [S, B, C, f, h, w]
-    context = contexts(prompts).to(args.device)
-    if args.teacher:
-        negative = contexts([args.negative_prompt] * len(prompts)).to(args.device)
-        return decode(vae, teacher_sample(net, noise[0], context, negative, args.steps, args.shift, args.guidance))
-    return decode(vae, few_step(net, noise, context, few_step_times(args.timesteps, args.shift)[: args.steps]))
+    few = args.sampler == "few_step"
+    noise = sample_noise(seeds, shape, args.steps if few else 1).to(args.device)                 # [S, B, C, f, h, w]
+    context = contexts(texts).to(args.device)
+    if few:
+        return decode(vae, few_step(net, noise, context, few_step_times(args.timesteps, args.shift)[: args.steps]))
+    negative = contexts([args.negative_prompt] * len(texts)).to(args.device)
+    return decode(vae, teacher_sample(net, noise[0], context, negative, args.steps, args.shift, args.guidance))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,6 +129,7 @@ def parse_flags(argv):
     flag = parser.add_argument
     flag("--prompt", action="append", default=[], help="may be repeated")
     flag("--prompts", help="a file, one prompt a line; blank lines and # comments are skipped")
+    flag("--extended_prompts", help="another, line for line what the videos of --prompts, which name them, are made of")
     flag("--num_videos", type=int, default=1, help="videos a prompt")
     flag("--seed", type=int, default=0)
     flag("--out", help="file of a single video, overwritten; default sample.mp4")
@@ -131,11 +140,13 @@ def parse_flags(argv):
     flag("--width", type=int, help="pixels, divisible by 16")
     flag("--frames", type=int, help="1 + 4k")
     flag("--fps", type=float, help="of the file; the network does not know it")
-    flag("--steps", type=int, help="default: as many as the student has, 50 without a student")
+    flag("--sampler", choices=["few_step", "unipc"], help="default: few_step for a student, unipc for the base model")
+    flag("--timesteps", type=int, nargs="+", help="of few_step, falling from 1000; default the student's own")
+    flag("--steps", type=int, help="default 50 of unipc; of few_step the first so many --timesteps, default all")
     flag("--shift", type=float, help="of the noise levels; more stays noisy for longer")
-    flag("--guidance", type=float, help="of the teacher; 1: none")
-    flag("--negative_prompt", help="of the teacher; default Wan's own, empty in the toy world as in its training")
-    flag("--batch_size", type=int, help="videos at once; changes speed and memory only")
+    flag("--guidance", type=float, help="of unipc; 1: none")
+    flag("--negative_prompt", help="of unipc; default Wan's own, empty in the toy world as in its training")
+    flag("--batch_size", type=int, help="videos at once; only rounding differs: in bf16 .1 of 255 levels, in places 20")
     flag("--weights", help="folder of the preset's weights, default as in README")
     flag("--generator", help="file, folder or hub name; default: newest export in runs/, shipped student, base model")
     flag("--vae", help="default in the weights folder")
@@ -143,7 +154,8 @@ def parse_flags(argv):
     flag("--raft", help="for --flow; default in the weights folder or weights/raft-things.pth")
     flag("--cache", default=str(REPO / "runs" / "contexts"), help="folder of encoded prompts")
     flag("--dtype", default="auto", choices=["auto", "bf16", "fp32"], help="of the DiT; auto: bf16 on CUDA, else fp32")
-    flag("--device", help="default cuda where there is one, but cpu for toy")
+    flag("--device", help="default cuda, a card for each process, where there is one, but cpu for toy")
+    flag("--text_device", help="of the text encoder; cpu: 11 GB of memory there instead of on the card")
     return parser.parse_args(argv)
 
 
@@ -163,90 +175,122 @@ def resolve(args):
     stated = header(args.generator).get("preset")
     if args.preset == "auto" and stated in SAMPLING:
         args.preset = stated
-        print(f"preset {stated}, the generator's")
+        print0(f"preset {stated}, the generator's")
     args.preset = chosen_preset(args.preset, SAMPLING)
     args.weights = Path(args.weights or WEIGHTS[args.preset])
-    for key, value in SAMPLING[args.preset].items():
-        if key != "shift" and getattr(args, key, None) is None:  # a student's file may state its shift
-            setattr(args, key, value)
-    if args.frames % 4 != 1 or args.frames < 1:
-        near = max(1, args.frames // 4 * 4 + 1)
-        raise ValueError(f"expected --frames 1 + 4k (17, 49, 81), got {args.frames}: try {near}")
-    if args.height % 16 or args.width % 16 or min(args.height, args.width) < 16:
-        raise ValueError(f"expected --height and --width divisible by 16, got {args.height} x {args.width}")
+    for key in ("height", "width", "frames", "fps", "batch_size"):
+        if getattr(args, key) is None:
+            setattr(args, key, SAMPLING[args.preset][key])
+    for key, (low, high) in RANGES.items():
+        value = getattr(args, key)
+        expect(value is None or low <= value <= high, f"--{key} from {low} to {high}", value)
+    expect(args.frames % 4 == 1, "--frames 1 + 4k (17, 49, 81)", f"{args.frames}: try {args.frames // 4 * 4 + 1}")
+    expect(args.height % 16 == args.width % 16 == 0, "--height and --width divisible by 16",
+           f"{args.height} x {args.width}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() and args.preset != "toy" else "cpu")
-    device = find_device(args.device)
+    if world() > 1 and args.device == "cuda":
+        each, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        expect(each <= cards, f"at most {cards} processes on this node, one a GPU", f"{each}: or --device cpu")
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    args.text_device = args.text_device or args.device
+    device, _ = find_device(args.device), find_device(args.text_device)
     if args.dtype == "auto":
         args.dtype = "bf16" if device.type == "cuda" else "fp32"
-    for key in ("num_videos", "batch_size", "fps", "steps", "shift"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise ValueError(f"expected --{key} above 0, got {getattr(args, key)}")
-    if not math.isfinite(args.guidance):
-        raise ValueError(f"expected a finite --guidance, got {args.guidance}")
 
 
 def is_base(args, path):
-    """Whether a path is the preset's own folder, which holds the base model and no student."""
-    return Path(path).resolve() == args.weights.resolve()
+    """Whether a path is the preset's own folder or hub repository, which holds the base model and no student."""
+    name = WEIGHTS[args.preset].name
+    hub = f"Wan-AI/{name}", f"Wan-AI/{name}-Diffusers"
+    return Path(path).resolve() == args.weights.resolve() or str(path) in hub
+
+
+def distilled_for(path):
+    """{timesteps, shift} of a student whose header states them, as train.py's exports do; else {}."""
+    text = header(path).get("sampler", "{}")
+    try:
+        stated = json.loads(text)
+        if stated:
+            few_step_times(stated["timesteps"], stated["shift"])
+        return dict(stated)
+    except (ValueError, TypeError, LookupError):
+        raise ValueError(f"expected falling timesteps and a shift in the header of {path}, got {text[:60]}") from None
 
 
 def choose_generator(args):
-    """Decide args.generator, .steps, .timesteps, .shift and .teacher (which sampler), say so, return its header."""
-    exports = (REPO / "runs").glob("*/generator.safetensors")
-    found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
-    shipped = [p for p in [args.weights / "student.safetensors"] if p.exists()]
-    student = Path(args.generator) if args.generator else [args.weights, *shipped, *found][-1]
-    meta = header(student)
-    sampler = json.loads(meta.get("sampler", "{}"))  # what train.py distilled it for
-    args.timesteps = sampler.get("timesteps", args.timesteps)
-    args.steps = args.steps or (TEACHER_STEPS if is_base(args, student) else len(args.timesteps))
-    args.teacher = args.steps > len(args.timesteps)
-    if args.teacher and not args.generator:  # so many steps are meant for the base model
-        student, meta, sampler = args.weights, {}, {}
+    """Decide args.generator, .sampler and its settings; say so, return the generator's header."""
+    student = args.generator
+    if not student:
+        exports = (REPO / "runs").glob("*/generator.safetensors")
+        found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
+        shipped = [p for p in [args.weights / "student.safetensors"] if p.exists()]
+        student = args.weights if args.sampler == "unipc" else [args.weights, *shipped, *found][-1]
+    base, meta, stated = is_base(args, student), header(student), distilled_for(student)
+    known = "few_step" if stated else "unipc" if base else "few_step" if args.timesteps else None
+    args.sampler = args.sampler or known
+    expect(args.sampler, "--sampler few_step, for a student, or unipc, for a teacher",
+           f"none, and {student} does not state which it is")
+    few, guided = args.sampler == "few_step", ("guidance", "negative_prompt")
+    expect(args.generator or not (few and base), "a student for few_step, --generator or an export in runs/", "none")
+    for key in guided if few else ("timesteps",):
+        expect(getattr(args, key) is None, f"no --{key} with --sampler {args.sampler}", getattr(args, key))
+    for key in ("shift", "timesteps") if few else ("shift", *guided):
+        if getattr(args, key) is None:
+            setattr(args, key, {**SAMPLING[args.preset], **stated}[key])
+    args.steps = args.steps or (len(args.timesteps) if few else TEACHER_STEPS)
+    if few:
+        count = len(few_step_times(args.timesteps, args.shift))
+        expect(args.steps <= count, f"--steps up to the student's {count}", f"{args.steps}: see --timesteps and, for "
+               "the base model, --sampler unipc")
     args.generator = str(student)
-    args.shift = args.shift or sampler.get("shift", SAMPLING[args.preset]["shift"])
-    how = f"UniPC, guidance {args.guidance:g}" if args.teacher else "few-step"
+    how = "few-step" if few else f"UniPC, guidance {args.guidance:g}"
     cycle = f", cycle {meta['cycle']}" if "cycle" in meta else ""
-    print(f"generator {args.generator}{cycle}: {args.steps} steps ({how})")
+    print0(f"generator {args.generator}{cycle}: {args.steps} steps ({how})")
     return meta
 
 
 def chosen_prompts(args):
-    prompts = list(args.prompt) + (read_prompts(args.prompts) if args.prompts else [])
-    if not prompts and args.preset == "toy":
-        prompts = ["a red circle moving right quickly"]
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError("expected a prompt, got none: --prompt TEXT, or --prompts FILE with one a line")
-    return list(dict.fromkeys(prompts))
+    """{prompt, after which a file is named: text, of which it is made}; of a repeated prompt the first counts."""
+    named = read_prompts(args.prompts) if args.prompts else []
+    texts = read_prompts(args.extended_prompts) if args.extended_prompts else named
+    expect(len(texts) == len(named), f"--extended_prompts with a line for each of the {len(named)} of --prompts",
+           len(texts))
+    given = [prompt.encode(errors="surrogateescape").decode(errors="replace").strip() for prompt in args.prompt]
+    if not given + named and args.preset == "toy":
+        given = ["a red circle moving right quickly"]
+    expect(given + named and all(given), "a prompt", "none: --prompt TEXT, or --prompts FILE with one a line")
+    chosen = {}
+    for prompt, text in [*zip(given, given), *zip(named, texts)]:
+        chosen.setdefault(prompt, text)
+    return chosen
 
 
 def plan(args, prompts, meta):
-    """(prompt, seed, path, comment) of each video that is still to be made; comment holds its settings as JSON."""
-    keys = ["preset", "generator", "steps", "shift", "timesteps", "height", "width", "frames", "fps", "dtype"]
-    keys += ["guidance", "negative_prompt"] * args.teacher
+    """(text, seed, path, comment) of each video, None for one that is there; comment holds its settings as JSON."""
+    keys = ["preset", "generator", "sampler", "steps", "shift", "timesteps", "guidance", "negative_prompt", "height",
+            "width", "frames", "fps", "dtype"]
     settings = {key: getattr(args, key) for key in keys} | dict(cycle=meta.get("cycle"))
-    one, jobs = len(prompts) * args.num_videos == 1 and not args.out_dir, []
-    if args.out and not (one and args.out.endswith(".mp4")):
-        raise ValueError(f"--out takes one .mp4, got {args.out} for {len(prompts) * args.num_videos}: see --out_dir")
-    for p, i in itertools.product(range(len(prompts)), range(args.num_videos)):
-        name, seed = f"{prompts[p]}-{i}.mp4", args.seed + 100000 * p + i
-        comment = json.dumps(dict(prompt=prompts[p], seed=seed, **settings), ensure_ascii=False)
-        if not one and ("/" in name or len(name.encode()) > 250):
-            raise ValueError(f'prompt {p + 1} cannot name a file, which has 250 bytes at most and no "/": {name[:60]}')
+    count, jobs = len(prompts) * args.num_videos, []
+    expect(count <= 10**6, "1 to 1000000 videos in all", count)
+    one = count == 1 and not args.out_dir
+    expect(not args.out or one and args.out.endswith(".mp4"), "--out to be one .mp4",
+           f"{args.out} for {count} videos: see --out_dir")
+    for (p, (prompt, text)), i in itertools.product(enumerate(prompts.items()), range(args.num_videos)):
+        seed = args.seed + 100000 * p + i
+        extended = {} if text == prompt else {"extended_prompt": text}
+        comment = json.dumps(dict(prompt=prompt, **extended, seed=seed, **settings), ensure_ascii=False)
+        name = f"{file_stem(prompt)}-{i}.mp4"
         path = Path(args.out or "sample.mp4") if one else Path(args.out_dir or "samples") / name
-        if one or not is_done(path, comment, args.flow):
-            jobs.append((prompts[p], seed, path, comment))
+        there = not one and is_done(path, comment, args.flow)
+        jobs.append(None if there else (text, seed, path, comment))
     return jobs
 
 
 def is_done(path, comment, flow):
     """Whether a video is there, and its flow if wanted; one that is there but was made otherwise raises ValueError."""
-    if not path.exists():
-        return False
-    with open_video(path) as (container, _):
-        if container.metadata.get("comment") != comment:
-            raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
-    return not flow or flow_path(path).exists()
+    if path.exists() and comment_of(path) != comment:
+        raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
+    return path.exists() and (not flow or flow_path(path).exists())
 
 
 def flow_path(path):
@@ -254,24 +298,20 @@ def flow_path(path):
     return Path(f"{path.parent}-flow" if path.parent.name else "flow") / f"{path.stem}.flow.mp4"
 
 
-def load_networks(args, prompts):
-    """Generator, vae and a reader of contexts. The prompts come first: UMT5-XXL is gone before the others arrive."""
-    if not args.weights.exists() and (is_base(args, args.generator) or not (args.vae and args.text_encoder)):
+def load_contexts(args, texts):
+    """A reader of the texts' contexts, which one process a node encodes, before the other networks are loaded."""
+    if not args.weights.exists() and (args.generator == str(args.weights) or not (args.vae and args.text_encoder)):
         name = WEIGHTS[args.preset].name
         fix = f"hf download Wan-AI/{name} --local-dir {args.weights}" if args.preset != "toy" else "leave --weights out"
         raise ValueError(f"expected the weights of {args.preset} in {args.weights}, no such folder: {fix}")
-    texts = prompts + [args.negative_prompt] * args.teacher
-    contexts = encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.device)
-    net, vae = load_dit(args.generator), load_vae(args.vae or args.weights)
-    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    # CHOICE: the vae stays in fp32, as in Wan's own sampling; it is a small part of the time.
-    return net.eval().to(args.device, dtype), vae.eval().to(args.device), contexts
+    texts = texts + [args.negative_prompt] * (args.sampler == "unipc")
+    wait = os.environ.get("LOCAL_RANK", "0") != "0"
+    return encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.text_device, wait)
 
 
 def load_flow(args):
     """RAFT for --flow; raises ValueError for frames that are too small or too few for it."""
-    if args.frames < 2:
-        raise ValueError("expected --frames 5 or more with --flow, got 1")
+    expect(args.frames > 1, "--frames 5 or more with --flow", 1)
     raft = load_raft(find_raft(args.weights, args.raft), args.device)
     check_size(raft.cfg, args.height, args.width)
     return raft
@@ -282,17 +322,22 @@ def run(argv):
     resolve(args)
     prompts = chosen_prompts(args)
     meta = choose_generator(args)
-    jobs = plan(args, prompts, meta)
-    if not jobs:
-        return print("every video is there already")
+    planned = plan(args, prompts, meta)
+    left, jobs = [job for job in planned if job], [job for job in planned[rank() :: world()] if job]
+    if not left:
+        return print0("every video is there already")
     raft = load_flow(args) if args.flow else None
-    net, vae, contexts = load_networks(args, prompts)
-    for i in tqdm(range(0, len(jobs), args.batch_size), desc="batches", disable=None):
+    contexts = load_contexts(args, [job[0] for job in left])
+    if jobs:  # CHOICE: the vae stays in fp32, as in Wan's own sampling; it is a small part of the time
+        net, vae = load_dit(args.generator).eval(), load_vae(args.vae or args.weights).eval().to(args.device)
+        net = net.to(args.device, torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    if world() > 1:  # no rank writes while another plans; and what fails now is told by the rank that it befalls
+        dist.init_process_group("gloo")
+    for i in tqdm(range(0, len(jobs), args.batch_size), desc="batches", disable=rank() > 0 or None):
         batch = jobs[i : i + args.batch_size]
         clips = generate(args, net, vae, contexts, [job[0] for job in batch], [job[1] for job in batch])
         for x, (_, _, path, comment) in zip(clips, batch):
-            if not x.isfinite().all():
-                raise ValueError(f"expected finite pixels for {path}, got others: is {args.generator} damaged?")
+            expect(x.isfinite().all(), f"finite pixels for {path}", f"others: is {args.generator} damaged?")
             if raft is not None:
                 flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
                 write_video(flow_path(path), clip_beside_flow(x, flow), args.fps, comment)

@@ -989,11 +989,18 @@ def run_sample(*flags):
     return 0
 
 
-def test_sample_writes_the_same_video_at_any_batch_size(tmp_path):
+def test_sample_writes_the_same_video_at_any_batch_size_and_number_of_ranks(tmp_path, monkeypatch):
     two = "--prompt", "a red circle", "--prompt", "a blue square", "--num_videos", 2, "--cache", tmp_path / "cache"
-    assert run_sample(*two, "--out_dir", tmp_path / "a", "--batch_size", 4, "--steps", 2) == 0
-    assert run_sample(*two, "--out_dir", tmp_path / "b", "--batch_size", 3, "--steps", 2) == 0
-    assert run_sample(*two[2:4], "--seed", 100001, "--out", tmp_path / "c.mp4", "--steps", 2, *two[-2:]) == 0
+    few = "--sampler", "few_step", "--steps", 2
+    assert run_sample(*two, "--out_dir", tmp_path / "a", "--batch_size", 4, *few) == 0
+    assert run_sample(*two[2:4], "--seed", 100001, "--out", tmp_path / "c.mp4", *few, *two[-2:]) == 0
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: None)
+    for rank in "012":  # each sees the same videos done, as none begins before all have looked
+        for key, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="3", LOCAL_WORLD_SIZE="3").items():
+            monkeypatch.setenv(key, value)
+        before = len(list(tmp_path.glob("b/*")))
+        assert run_sample(*two, "--out_dir", tmp_path / "b", "--batch_size", 3, *few) == 0
+        assert len(list(tmp_path.glob("b/*"))) - before == (2 if rank == "0" else 1)
     names = [f"a {thing}-{i}.mp4" for thing in ("blue square", "red circle") for i in range(2)]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     clips = [read_video(tmp_path / "a" / name)[0] for name in names]
@@ -1029,14 +1036,40 @@ def test_sample_goes_on_where_it_was_stopped(tmp_path, capsys):
     assert run_sample(*flags, "--guidance", 3) == 2 and "made with other settings" in capsys.readouterr().err
 
 
-def test_generator_given_as_a_folder(tmp_path):
-    sampler = json.dumps({"timesteps": [1000, 600], "shift": 3.0})
-    save_dit(WanDiT(TINY), tmp_path / "generator.safetensors", preset="toy", sampler=sampler)
-    for folder, steps, teacher in (tmp_path, 2, False), (os.path.relpath(WEIGHTS["toy"]), 50, True):
-        args = sample.parse_flags(["--generator", str(folder)])
+@pytest.mark.parametrize("flags, want", [
+    ("--generator RUN", ("few_step", 2, [1000, 600])), ("--generator BASE", ("unipc", 50, None)),
+    ("--generator RUN --steps 1", ("few_step", 1, [1000, 600])), ("--sampler unipc", ("unipc", 50, None)),
+    ("--generator RUN --timesteps 900 500 20", ("few_step", 3, [900, 500, 20])),
+    ("--generator RUN --sampler unipc --steps 4", ("unipc", 4, None)), ("--steps 4", "up to the student's 3"),
+    ("--generator RUN/other.safetensors --timesteps 900", ("few_step", 1, [900])), ("--timesteps 9 10", "falling"),
+    ("--generator RUN/other.safetensors", "--sampler few_step,"), ("--generator RUN/odd.safetensors", "in the header"),
+    ("--generator RUN --guidance 2", "no --guidance with"), ("--generator BASE --timesteps 9", "no --timesteps with"),
+    ("--preset wan1.3b --weights RUN/none --sampler few_step", "a student for")])
+def test_weights_and_flags_decide_the_sampler(tmp_path, monkeypatch, flags, want):
+    for name, timesteps in dict(generator=[1000, 600], odd=[600, "x"], other=None).items():
+        sampler = {"sampler": json.dumps({"timesteps": timesteps, "shift": 3.0})} if timesteps else {}
+        save_dit(WanDiT(TINY), tmp_path / f"{name}.safetensors", preset="toy", **sampler)
+    monkeypatch.setattr(sample, "REPO", tmp_path)  # where no runs are
+    flags = flags.replace("BASE", os.path.relpath(WEIGHTS["toy"])).replace("RUN", str(tmp_path))
+    args = sample.parse_flags(flags.split())
+    with pytest.raises(ValueError, match=want) if isinstance(want, str) else contextlib.nullcontext():
         sample.resolve(args)
         sample.choose_generator(args)
-        assert (args.preset, args.steps, args.teacher) == ("toy", steps, teacher)
+        assert (args.sampler, args.steps, args.timesteps and list(args.timesteps)) == want
+
+
+def test_extended_prompts_are_drawn_under_the_names_of_the_short_ones(tmp_path, capsys):
+    for name, lines in dict(short="a red circle\na/b\n", long="a blue square\na green square\n", few="x\n").items():
+        (tmp_path / name).write_text(lines)
+    flags = "--prompts", tmp_path / "short", "--cache", tmp_path / "cache", "--out_dir"
+    assert run_sample(*flags, tmp_path / "a", "--steps", 2, "--extended_prompts", tmp_path / "long") == 0
+    assert run_sample("--prompt", "a blue square", *flags[2:], tmp_path / "b", "--steps", 2) == 0
+    short, long = tmp_path / "a" / "a red circle-0.mp4", tmp_path / "b" / "a blue square-0.mp4"
+    assert torch.equal(read_video(short)[0], read_video(long)[0])
+    assert {text.prompt_of(path) for path in (tmp_path / "a").iterdir()} == {("a red circle", 0), ("a/b", 0)}
+    assert json.loads(text.comment_of(short))["extended_prompt"] == "a blue square"
+    assert run_sample(*flags, tmp_path / "c", "--extended_prompts", tmp_path / "few") == 2
+    assert "a line for each of the 2 of --prompts, got 1" in capsys.readouterr().err
 
 
 def test_sample_refuses_in_one_line(tmp_path, capsys):
@@ -1044,12 +1077,13 @@ def test_sample_refuses_in_one_line(tmp_path, capsys):
     wan = f"--preset wan1.3b --prompt x --weights {tmp_path}/w --generator {tmp_path}/w"
     state = {key: torch.full_like(value, math.nan) for key, value in WanDiT(CONFIGS["toy"]).state_dict().items()}
     save_dit(state, tmp_path / "nan.safetensors", CONFIGS["toy"])
-    nan = f"--generator {tmp_path}/nan.safetensors --steps 1 --out {tmp_path}/a.mp4 --cache {tmp_path}/cache"
+    nan = f"--generator {tmp_path}/nan.safetensors --timesteps 900 --out {tmp_path}/a.mp4 --cache {tmp_path}/cache"
     bad = {"--frames 16": "try 17", "--height 40": "divisible by 16", "--step 3": "unrecognized",
            "--preset huge": "toy, wan1.3b", "--prompts nowhere.txt": "nowhere.txt",
-           f"--prompts {tmp_path}/none.txt": "got none", "--fps 0": "above 0", "--fps inf": "above 0",
-           "--guidance nan": "a finite --guidance", nan: "finite pixels", "--out a.gif": "one .mp4",
-           "--prompt a/b --num_videos 2": "cannot name a file", f"--prompt {'x' * 300} --num_videos 2": "250 bytes",
+           f"--prompts {tmp_path}/none.txt": "got none", "--fps 1e-9": "from 0.1 to 1000",
+           "--fps inf": "from 0.1", f"--seed {10**19}": "from 0 to", "--num_videos 100001": "1 to 100000",
+           "--height 16000000": "16 to 4096", "--guidance nan": "--guidance from -100 to 100", nan: "finite pixels",
+           "--out a.gif": "one .mp4",
            "--out a.mp4 --num_videos 2": "--out_dir", "--seed x": "--seed",
            "--device meta": "cpu or cuda", "--frames 1 --flow": "--frames 5 or more with --flow",
            wan: "hf download Wan-AI/Wan2.1-T2V-1.3B --local-dir"}
