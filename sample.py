@@ -305,8 +305,7 @@ def load_contexts(args, texts):
         fix = f"hf download Wan-AI/{name} --local-dir {args.weights}" if args.preset != "toy" else "leave --weights out"
         raise ValueError(f"expected the weights of {args.preset} in {args.weights}, no such folder: {fix}")
     texts = texts + [args.negative_prompt] * (args.sampler == "unipc")
-    wait = os.environ.get("LOCAL_RANK", "0") != "0"
-    return encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.text_device, wait)
+    return encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.text_device)
 
 
 def load_flow(args):

@@ -292,6 +292,12 @@ def test_prompts_are_encoded_once(tmp_path):
         load_text_encoder(tmp_path / "empty")
 
 
+def test_only_prompts_that_a_run_draws_are_encoded(tmp_path):
+    (tmp_path / "many.txt").write_text("".join(f"a red circle {i}\n" for i in range(500)))
+    run(tiny_weights(tmp_path / "weights"), tmp_path / "run", "--prompts", str(tmp_path / "many.txt"), "--samples", "3")
+    assert 10 < len(list((tmp_path / "contexts").iterdir())) <= 2 + 3 + 2 * 4  # two fixed ones; dmd, gan, fake0, fake1
+
+
 def test_umt5_official_keys_are_those_of_transformers():
     hf = manifest("hf_umt5_xxl_enc")
     hf.pop("encoder.embed_tokens.weight")
