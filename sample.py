@@ -189,9 +189,9 @@ def resolve(args):
            f"{args.height} x {args.width}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() and args.preset != "toy" else "cpu")
     if world() > 1 and args.device == "cuda":
-        each, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        each, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         expect(each <= cards, f"at most {cards} processes on this node, one a GPU", f"{each}: or --device cpu")
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     args.text_device = args.text_device or args.device
     device, _ = find_device(args.device), find_device(args.text_device)
     if args.dtype == "auto":
