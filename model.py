@@ -83,6 +83,15 @@ class Draw(NamedTuple):
     def seeds(self, what):
         return [seed_of(self.seed, self.cycle, self.role, what, i) for i in self.index]
 
+    def prompts(self, pool):
+        """The prompt of each sample, one of a list's."""
+        return [pool[seed % len(pool)] for seed in self.seeds("prompt")]
+
+    @staticmethod
+    def all_prompts(pool, seed, cycles, roles, count):
+        """The set of those that samples 0 to count - 1 of each role get in these cycles."""
+        return {p for cycle in cycles for role in roles for p in Draw(seed, cycle, role, range(count)).prompts(pool)}
+
     def uniform(self, what):
         """One number in [0, 1) per sample, [B]."""
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(what)]

@@ -189,9 +189,9 @@ def resolve(args):
            f"{args.height} x {args.width}")
     args.device = args.device or ("cuda" if torch.cuda.is_available() and args.preset != "toy" else "cpu")
     if world() > 1 and args.device == "cuda":
-        each, cards = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        each, cards = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         expect(each <= cards, f"at most {cards} processes on this node, one a GPU", f"{each}: or --device cpu")
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     args.text_device = args.text_device or args.device
     device, _ = find_device(args.device), find_device(args.text_device)
     if args.dtype == "auto":
@@ -305,8 +305,7 @@ def load_contexts(args, texts):
         fix = f"hf download Wan-AI/{name} --local-dir {args.weights}" if args.preset != "toy" else "leave --weights out"
         raise ValueError(f"expected the weights of {args.preset} in {args.weights}, no such folder: {fix}")
     texts = texts + [args.negative_prompt] * (args.sampler == "unipc")
-    wait = os.environ.get("LOCAL_RANK", "0") != "0"
-    return encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.text_device, wait)
+    return encode_prompts(texts, args.text_encoder or args.weights, args.cache, args.text_device)
 
 
 def load_flow(args):

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import html
 import json
+import os
 import re
 import time
 import unicodedata
@@ -184,12 +185,12 @@ def load_text_encoder(path, device="cpu"):
     return TextEncoder(model.to(device), tokenize, text_len)
 
 
-def encode_prompts(prompts, path, cache, device="cpu", wait=False):
+def encode_prompts(prompts, path, cache, device="cpu"):
     """Encode every prompt once into `cache`, one file per prompt and encoder; return their reader.
 
     The reader maps list[str] -> context [B, text_len, text_dim] as a TextEncoder does, without holding one
-    (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing. Files appear whole, so that several
-    processes may share the folder. wait: leave the encoding to another process.
+    (UMT5-XXL takes 11 GB): it is loaded only if a prompt is missing, and by one process a node, for which the
+    others wait. Files appear whole, so that several processes may share the folder.
     """
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def encode_prompts(prompts, path, cache, device="cpu", wait=False):
 
     encoder = None
     for prompt in dict.fromkeys(prompts):
-        while wait and not file_of(prompt).exists():
+        while os.environ.get("LOCAL_RANK", "0") != "0" and not file_of(prompt).exists():
             time.sleep(0.2)
         if not file_of(prompt).exists():
             encoder = encoder or load_text_encoder(path, device)

@@ -11,7 +11,6 @@ Every field of Config is a flag. Running the same command again resumes from the
 import itertools
 import json
 import math
-import os
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -316,10 +315,11 @@ def train(cfg):
         reals = itertools.chain([next(reals)], reals)  # the first ones now: there may be no usable video
 
     device, mesh = setup(cfg.shard, cpu=cfg.preset == "toy")
-    # The text encoder comes first and goes before the rest is loaded; one process a node runs it, the others wait.
-    fixed = NEGATIVE_PROMPT[cfg.preset], PROMPT
-    contexts = encode_prompts([*prompts, *fixed], cfg.weights, out.parent / "contexts", device,
-                              wait=os.environ["LOCAL_RANK"] != "0")
+    # The text encoder goes before the rest is loaded. Of the prompts it sees those that this run draws, with padding.
+    fixed, roles = (NEGATIVE_PROMPT[cfg.preset], PROMPT), ("dmd", "gan", *map("fake{}".format, range(cfg.fake_updates)))
+    sampled = [prompts[seed_of("prompt", i) % len(prompts)] for i in range(cfg.samples + -cfg.samples % world())]
+    drawn = Draw.all_prompts(prompts, cfg.seed, range(start, last), roles, cfg.batch + -cfg.batch % world())
+    contexts = encode_prompts([*fixed, *sampled, *drawn], cfg.weights, out.parent / "contexts", device)
     negative, motion_context = contexts(fixed).to(device).split(1)
     generator, teacher, fake_score, discriminator, vae, raft = load_networks(cfg)
     dtype = torch.bfloat16 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda") else None
@@ -339,7 +339,7 @@ def train(cfg):
 
     def rollout(draw):
         """z0 by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
-        context = contexts([prompts[seed % len(prompts)] for seed in draw.seeds("prompt")]).to(device)
+        context = contexts(draw.prompts(prompts)).to(device)
         # CHOICE: one exit step for all samples of an update: ranks must call a sharded network equally often.
         exit_step, noise = draw.choice("exit", len(times)), draw.noise(shape, len(times)).to(device)
         return few_step(generator, noise, context, times, exit_step), context
@@ -389,7 +389,7 @@ def train(cfg):
         """Sample fixed prompts with fixed seeds; four become clips beside their flow, the toy world scores all."""
         clips, scored = [], cfg.preset == "toy" and not (cfg.videos or cfg.prompts)
         for index, _ in micro_batches(cfg.samples, cfg.micro_batch):
-            chosen = [prompts[seed_of("prompt", i) % len(prompts)] for i in index]
+            chosen = [sampled[i] for i in index]
             noise = sample_noise([seed_of("sample", i) for i in index], shape, len(times)).to(device)
             x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1).float()
             for i, prompt, clip in zip(index, chosen, x):

@@ -46,7 +46,7 @@ def random_networks(cfg):
     return *nets, judge, coder, flow
 
 
-def random_contexts(prompts, weights, cache, device, wait):
+def random_contexts(prompts, weights, cache, device):
     shape = CONFIGS[cfg.preset].text_len, CONFIGS[cfg.preset].text_dim
     return lambda prompts: torch.randn(len(prompts), *shape)
 
