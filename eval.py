@@ -117,9 +117,9 @@ def toy_truth(frames, prompt):
     x = torch.stack(list(frames), dim=1)[None].float() / 127.5 - 1                              # [1, 3, T, H, W]
     out = world.score(x, [prompt])
     position = world.track(x)["position"][0].double()                                           # [T, 2]
-    time = torch.arange(len(position), dtype=torch.float64)
-    design = torch.stack([torch.ones_like(time), time], dim=1)
-    stray = position - design @ torch.linalg.lstsq(design, position).solution
+    time = torch.arange(len(position), dtype=torch.float64)[:, None]
+    time, position = time - time.mean(), position - position.mean(0)
+    stray = position - time * (time * position).sum(0) / (time * time).sum()  # off the line of least squares
     out["position_error"] = stray.norm(dim=1).mean().item()
     return {f"toy_{name}": out[name] for name in TOY if not math.isnan(out[name])}
 
@@ -351,6 +351,8 @@ def evaluate(args):
     prompts = set(read_prompts(args.prompts)) if args.prompts else set()
     videos = [find_videos(folder, prompts) for folder in folders]  # bad input is told before anything is scored
     runs = {path: read_run(path) for path in args.run}
+    if args.raft:
+        load_raft(args.raft)  # refused here rather than after all is scored
     rows = score_folders(videos, lambda: load_metrics(args.metrics, args.weights, not args.no_download, device),
                          [log_of(args.out, folder) for folder in folders])
     if rows is None:

@@ -251,7 +251,7 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
         rows.append({"prompt": prompt, "index": index, "difference": difference, "cells": shown})
     data = {"labels": labels, "columns": list(columns.values()), "rows": rows}
     title, items = html.escape(", ".join(labels)), "".join(f"<li>{html.escape(line)}</li>" for line in notes)
-    notes = f"<details><summary>Left out ({len(notes)})</summary><ul>{items}</ul></details>" if notes else ""
+    notes = f"<details><summary>Notes ({len(notes)})</summary><ul>{items}</ul></details>" if notes else ""
     return write_page(out / "report.html", fill(
         "report_template.html", title=title, tables="".join(table_html(*table) for table in tables), notes=notes,
         curves=curves_html(runs), blobs="\n".join(blobs), data=as_json(data)))
