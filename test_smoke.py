@@ -7,6 +7,7 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
 
+import contextlib
 import copy
 import itertools
 import json
@@ -49,7 +50,8 @@ from model import (CONFIGS, NEGATIVE_PROMPT, WEIGHTS, DiTConfig, WanDiT, add_noi
 from musiq import MUSIQ
 from raft import RAFT, load_raft
 from sample import read_frames, read_video, unipc, unipc_sigmas, video_files, video_info, write_video
-from toy import world
+from toy import make_weights, world
+from toy.fit import fit, muon_adamw
 from vae import load_vae
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -1459,6 +1461,47 @@ def test_measure_by_hand(monkeypatch):
     means = world.score(torch.zeros(1), prompts)
     assert [means[key] for key in ("slowly_error", "quickly_error", "shape", "dynamic")] == pytest.approx(
         [.45 / .6 - 1, 1.3 / 1.7 - 1, 5 / 7, .25])
+
+
+@pytest.mark.parametrize("flags, written", [
+    ("student --steps -1", {}), ("student --steps 0", {}), ("all --steps 5", {}),
+    ("student --steps 5", {"runs/student-5/student": "5"}), ("decoder --steps 5", {"runs/decoder-5/vae": "5"}),
+    ("student", {"runs/student/student": "20", "student": "20"}), ("decoder", {"runs/decoder/vae": "20", "vae": "20"})])
+def test_only_a_whole_training_replaces_what_ships(tmp_path, monkeypatch, flags, written):
+    train = lambda steps, folder, out: out.write_text(str(steps))
+    monkeypatch.setattr(make_weights, "PARTS", {part: (20, train) for part in make_weights.PARTS})
+    monkeypatch.setattr(make_weights, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(make_weights, "WEIGHTS", tmp_path)
+    for name in "vae", "student":
+        (tmp_path / f"{name}.safetensors").write_text("shipped")
+    refused = pytest.raises(SystemExit, match="expected one part and --steps of at least 1, got")
+    with contextlib.nullcontext() if written else refused:
+        make_weights.main(flags.split())
+    found = {path.relative_to(tmp_path).with_suffix("").as_posix(): path.read_text() for path in tmp_path.rglob("*.*")}
+    assert found == {"vae": "shipped", "student": "shipped"} | written
+
+
+def test_fit_goes_on_where_it_was_stopped(tmp_path):
+    def trained(folder, stop=None):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+        mean = copy.deepcopy(net)
+
+        def loss(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            return net(x).square().mean(), {}
+
+        (tmp_path / folder).mkdir(exist_ok=True)
+        opts = muon_adamw(net, lambda name, p: p.ndim == 2, .02, 1e-3)
+        fit(tmp_path / folder, 120, net, opts, loss, mean=mean)
+        assert [o.param_groups[0]["lr"] for o in opts] == pytest.approx([.02 / 36, 1e-3 / 36])
+        return torch.cat([p.flatten() for module in (net, mean) for p in module.parameters()])
+
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", stop=110)
+    assert torch.equal(trained("stopped"), trained("whole")) and torch.equal(trained("stopped"), trained("whole"))
 
 
 def test_shipped_vae_carries_clips():
