@@ -1543,7 +1543,8 @@ def test_post_training_the_shipped_weights(tmp_path, monkeypatch):
         return figures
 
     monkeypatch.setattr(train, "update", watched)
-    flags = f"--preset toy --out {tmp_path} --fake_warmup 1 --discriminator_warmup 1 --steps 3 --samples 24"
+    flags = (f"--preset toy --out {tmp_path} --fake_warmup 1 --discriminator_warmup 1 --steps 2 --samples 12 "
+             "--batch 4 --discriminator_batch 4 --micro_batch 4")
     train.main([*flags.split(), "--contexts", str(tmp_path / "contexts")])
     for name, everything in alive["steps"]:
         assert alive[name] == everything, (name, everything - alive[name])
