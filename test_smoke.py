@@ -64,7 +64,8 @@ from musiq import MUSIQ
 from raft import RAFT, load_raft
 from sample import unipc, unipc_sigmas
 from text import WAN_NEGATIVE, clean_prompt, encode_prompts, load_text_encoder
-from toy import world
+from toy import make_weights, world
+from toy.fit import fit, muon_adamw
 from vae import load_vae
 from video import read_frames, read_video, video_files, video_info, write_video
 from weights import WEIGHTS
@@ -1459,6 +1460,38 @@ def test_world_is_a_function_of_its_seed():
     assert world.clips([7], motion_rich=True).velocity.norm() >= world.FAST[0]
 
 
+@pytest.mark.parametrize("motion_rich", [False, True])
+def test_world_draws_what_its_words_say(motion_rich):
+    picks, numbers = (torch.tensor(x).T for x in zip(*(world.draw(seed, motion_rich) for seed in range(3000))))
+    (speed, angle, radius), (*_, direction, adverb) = numbers[:3], picks
+    assert len(picks.unique(dim=1).T) == (144 if motion_rich else 216)          # slowly never, or every prompt
+    aim = torch.tensor([math.atan2(y, x) for x, y in world.DIRECTIONS.values()])[direction]
+    veer, ranges = (angle - aim + math.pi) % math.tau - math.pi, (world.STILL, world.SLOW, world.FAST)
+    within = [((speed >= low) & (speed <= high)) for low, high in ranges]
+    shares = [chosen[adverb == 0].float().mean().item() for chosen in within]
+    assert shares == pytest.approx([0, 0, 1] if motion_rich else [.45, .3, .25], abs=.03)
+    assert within[1][adverb == 1].all() and within[2][adverb == 2].all()
+    spread = [(veer, -world.VEER, world.VEER), (radius, *world.RADIUS)]
+    spread += [(speed[chosen], *ends) for chosen, ends in zip(within, ranges) if chosen.any()]
+    for value, low, high in spread:
+        assert low - 1e-6 <= value.min() < low + .02 and high - .02 < value.max() <= high + 1e-6
+    free = torch.stack([*picks[:3], veer, radius, *numbers[3:], *[speed] * motion_rich])
+    assert (free.corrcoef() - torch.eye(len(free))).abs().max() < .1            # drawn independently
+
+
+def test_clips_vary_and_their_light_moves_along():
+    truth, room = world.clips(list(range(24))), world.wallpaper()
+    tint = torch.stack([x[:, 0][:, c[0] == 0].mean(1) for x, c in zip(truth.pixels, truth.coverage)])
+    assert truth.position[:, 0].std(0).min() > 8 and tint.std(0).min() > .03
+    assert room.mean().abs() < .01 and room[:20, :20].mean() > room[-20:, -20:].mean() + .2
+    position, radius, grey = torch.tensor([[[30., 30], [33, 32]]]), torch.tensor([9.]), torch.full((1, 3), .5)
+    coverage = world.silhouette(torch.tensor([1]), position, radius)
+    a, b = world.paint(grey, grey, position, radius, coverage)[0].unbind(1)
+    core = coverage[0, 0] == 1
+    assert torch.allclose(a[:, core], b.roll((-2, -3), (1, 2))[:, core], atol=1e-5)
+    assert a[0, 24, 24] > a[0, 30, 30] > a[0, 36, 36] and abs(a[0, 30, 30]) < .02
+
+
 def test_exact_flow_moves_each_frame_onto_the_next():
     truth = world.clips(list(range(8)), motion_rich=True)
     axis = torch.arange(64.)
@@ -1474,7 +1507,7 @@ def test_exact_flow_moves_each_frame_onto_the_next():
 
 
 def test_tracker_reads_the_rendered_state():
-    truth = world.clips(list(range(100, 164)))
+    truth = world.clips(list(range(100, 132)))
     seen, (colour, shape, direction, _) = world.track(truth.pixels), truth.attributes.T
     assert (seen["colour"] == colour).all() and (seen["shape"] == shape).all() and seen["one_blob"].all()
     assert (seen["position"] - truth.position).norm(dim=2).mean() < .3 and seen["iou"].mean() > .97
@@ -1484,24 +1517,142 @@ def test_tracker_reads_the_rendered_state():
 
 def test_tracker_notices_what_is_wrong():
     truth = world.clips(list(range(12)), motion_rich=True)
-    shaken = truth.pixels.clone()
-    shaken[:, :, 1::2] = shaken[:, :, 1::2].roll(2, dims=4)
-    assert world.track(shaken)["jitter"].mean() > 5 * world.track(truth.pixels)["jitter"].mean()
-    elsewhere = truth.coverage[:, None].roll((20, 20), (3, 4)) > 0.5
-    twice = torch.where(elsewhere, truth.pixels.roll((20, 20), (3, 4)), truth.pixels)
-    assert (world.track(twice)["blobs"] >= 2).float().mean() > .7
-    room = world.track(truth.pixels[..., :1, :1].expand_as(truth.pixels))
-    assert not room["one_blob"].any()
+    seen, room = world.track(truth.pixels), truth.pixels[..., :1, :1].expand_as(truth.pixels)
+    dim = world.track(truth.pixels * .6)
+    assert dim["one_blob"].all() and (dim["position"] - seen["position"]).norm(dim=2).max() < 1
+    assert not world.track(room)["one_blob"].any()
+
+    def beside(shift, frames):
+        """Every clip with itself a second time, moved by `shift` px, in these frames alone."""
+        x, away = truth.pixels.clone(), truth.coverage[:, None].roll((shift, shift), (3, 4)) > .5
+        x[:, :, frames] = torch.where(away, truth.pixels.roll((shift, shift), (3, 4)), x)[:, :, frames]
+        return x
+
+    for frames in slice(None), [8]:
+        assert (world.track(beside(20, frames))["blobs"] >= 2).float().mean() > .7
+    gone = torch.where(torch.arange(17)[:, None, None] == 8, room, beside(20, slice(None)))
+    assert (world.track(gone)["blobs"] == 0).all()
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 60:62, 30:32] = mask[:, 56:59, 50:52] = 1                                        # specks
+    for count, (y, x) in enumerate([(10, 10), (10, 40), (40, 10)], start=1):
+        mask[:, y:y + 8, x:x + 8] = 1
+        assert world.count_blobs(mask > 0) == count
     backwards = world.score(truth.pixels.flip(2), truth.prompts)
     assert backwards["direction"] == 0 and world.score(truth.pixels, truth.prompts)["direction"] == 1
+
+
+def test_outlines_are_told_apart():
+    position, kinds = torch.full((3, 17, 2), 31.3), torch.arange(3)
+    mask = world.silhouette(kinds, position, torch.full((3,), 9.)) > .5
+    match = world.outline_match(mask, position, mask.sum((2, 3)).float())
+    assert match.diagonal().min() > .97 and match[0, 1].item() == pytest.approx(.834, abs=.02)   # of equal area, exact
+    half = mask & (torch.arange(17) % 4 == 0)[:, None, None]                   # every second of the frames it looks at
+    assert world.outline_match(half, position, mask.sum((2, 3)).float())[0, 0].item() == pytest.approx(5 / 9, abs=.02)
+
+
+def test_tracker_tells_kinds_of_motion():
+    odd, one = torch.arange(16)[:, None] % 2 * 2 - 1., torch.ones(16, 1)
+    along, across = torch.tensor([[.98, .2], [-.2, .98]])
+    noise = torch.randn(17, 2, generator=torch.Generator().manual_seed(0)).mul(.33).diff(dim=0)
+    leap, detour = 1 + 5 * (torch.arange(16) == 7)[:, None], torch.where(torch.arange(16) < 6, -1, 2)[:, None]
+    cases = {  # steps [16, 2] px; net and path speed, jitter per path speed, alternation
+        "even": (1.5 * one * along, 1.5, 1.5, 0, 0),
+        "accelerated": (torch.linspace(.5, 2.5, 16)[:, None] * along, 1.5, 1.5, .089, 0),
+        "1, 2, 1, 2": ((1.5 + odd / 2) * along, 1.5, 1.5, 2 / 3, 1 / 3),
+        "zigzag": (1.5 * one * along + odd / 2 * across, 1.5, 1.58, .632, .316),
+        "to and fro": (odd * along, 0, 1, 2, 1),
+        "leap": (leap * along, 21 / 16, 21 / 16, .508, .272),
+        "detour": (detour * along, .875, 1.625, .123, .066),
+        "noise": (1.5 * one * along + noise, 1.5, 1.6, .586, .075),
+        "still": (.1 * one * along, .1, .1, math.nan, math.nan)}
+    steps = torch.stack([case[0] for case in cases.values()])
+    position = F.pad(steps.cumsum(1), (0, 0, 1, 0))
+    position = (position - position.mean(1, keepdim=True) + 31.5).repeat(3, 1, 1)
+    shape, radius = torch.arange(3).repeat_interleave(len(cases)), torch.full((len(position),), 9.)
+    colour = torch.tensor(list(world.COLOURS.values()))[shape]
+    coverage = world.silhouette(shape, position, radius)
+    x = world.paint(colour, torch.full_like(colour, .44), position, radius, coverage)
+    seen = world.track(x + .02 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)))    # as a VAE's room
+    for i, (name, (_, net, path, ratio, alternation)) in enumerate(cases.items()):
+        of = {key: value[i::len(cases)] for key, value in seen.items()}              # of the three shapes
+        expected = dict(net_speed=(net, .1), path_speed=(path, .15), alternation=(alternation, .03))
+        expected["jitter_ratio"] = ratio, .2 if ratio < .2 else .07                  # .2: a square that moves evenly
+        for key, (value, error) in expected.items():
+            assert of[key].tolist() == pytest.approx([value] * 3, abs=error, nan_ok=True), (name, key)
+        jitter = 0 if name == "still" else ratio * path
+        assert .8 * jitter <= of["jitter"].min() and of["jitter"].max() < jitter + .5, name
+        assert (of["direction"] == 0).all() or name == "to and fro", name
 
 
 def test_prompts_and_their_attributes():
     assert len(set(world.PROMPTS)) == 216
     assert [world.prompt(*world.attributes(p)) for p in world.PROMPTS] == world.PROMPTS
-    assert world.held_out() == world.held_out() and len(set(world.held_out())) == 200
-    with pytest.raises(ValueError, match="purple"):
-        world.attributes("a purple circle moving left")
+    prompts, seeds = zip(*world.held_out())
+    assert len(set(prompts)) == len(set(seeds)) == 200 and min(seeds) >= 10_000_000         # which no training draws
+    for wrong in ("purple circle moving left", "red circle moving", "red circle moving left slowly today"):
+        with pytest.raises(ValueError, match="no 'purple'" if "purple" in wrong else "toy prompts read"):
+            world.attributes(f"a {wrong}")
+
+
+def test_measure_by_hand(monkeypatch):
+    prompts = ["a red circle moving left" + word for word in ["", "", "", "", " slowly", " slowly", " quickly"]]
+    net = torch.tensor([.1, .24, .9, 1.3, .1, .8, 1.3])
+    seen = dict(colour=[0, 1, 0, 0, 0, 0, 0], shape=[0, 0, 1, 1, 0, 0, 0], direction=[0, 0, 2, 2, 0, 2, 2])
+    seen = {key: torch.tensor(value) for key, value in seen.items()} | {"net_speed": net, "path_speed": net + 2}
+    seen |= {key: torch.rand(7) for key in ("iou", "jitter", "jitter_ratio", "alternation")}
+    monkeypatch.setattr(world, "track", lambda pixels: seen | {"one_blob": net > 1})
+    found, nan = world.measure(torch.zeros(1), prompts), math.nan
+    expected = dict(colour=[1, 0, 1, 1, 1, 1, 1], shape=[1, 1, 0, 0, 1, 1, 1], direction=[nan, 0, 1, 1, 0, 1, 1],
+                    one_blob=[0, 0, 0, 1, 0, 0, 1], dynamic=[0, 0, 0, 1] + [nan] * 3, still=[1, 1, 0, 0] + [nan] * 3,
+                    plain_speed=[.1, .24, .9, 1.3] + [nan] * 3, slowly=[nan] * 4 + [.1, .8, nan],
+                    quickly=[nan] * 6 + [1.3])
+    for key, value in expected.items():
+        assert found[key].tolist() == pytest.approx(value, nan_ok=True), key
+    assert all(found[key] is seen[key] for key in seen if key not in expected)
+    means = world.score(torch.zeros(1), prompts)
+    assert [means[key] for key in ("slowly_error", "quickly_error", "shape", "dynamic")] == pytest.approx(
+        [.45 / .6 - 1, 1.3 / 1.7 - 1, 5 / 7, .25])
+
+
+@pytest.mark.parametrize("flags, written", [
+    ("student --steps -1", {}), ("student --steps 0", {}), ("all --steps 5", {}),
+    ("student --steps 5", {"runs/student-5/student": "5"}), ("decoder --steps 5", {"runs/decoder-5/vae": "5"}),
+    ("student", {"runs/student/student": "20", "student": "20"}), ("decoder", {"runs/decoder/vae": "20", "vae": "20"})])
+def test_only_a_whole_training_replaces_what_ships(tmp_path, monkeypatch, flags, written):
+    train = lambda steps, folder, out: out.write_text(str(steps))
+    monkeypatch.setattr(make_weights, "PARTS", {part: (20, train) for part in make_weights.PARTS})
+    monkeypatch.setattr(make_weights, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(make_weights, "WEIGHTS", tmp_path)
+    for name in "vae", "student":
+        (tmp_path / f"{name}.safetensors").write_text("shipped")
+    refused = pytest.raises(SystemExit, match="expected one part and --steps of at least 1, got")
+    with contextlib.nullcontext() if written else refused:
+        make_weights.main(flags.split())
+    found = {path.relative_to(tmp_path).with_suffix("").as_posix(): path.read_text() for path in tmp_path.rglob("*.*")}
+    assert found == {"vae": "shipped", "student": "shipped"} | written
+
+
+def test_fit_goes_on_where_it_was_stopped(tmp_path):
+    def trained(folder, stop=None):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3))
+        mean = copy.deepcopy(net)
+
+        def loss(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+            return net(x).square().mean(), {}
+
+        (tmp_path / folder).mkdir(exist_ok=True)
+        opts = muon_adamw(net, lambda name, p: p.ndim == 2, .02, 1e-3)
+        fit(tmp_path / folder, 120, net, opts, loss, mean=mean)
+        assert [o.param_groups[0]["lr"] for o in opts] == pytest.approx([.02 / 36, 1e-3 / 36])
+        return torch.cat([p.flatten() for module in (net, mean) for p in module.parameters()])
+
+    with pytest.raises(KeyboardInterrupt):
+        trained("stopped", stop=110)
+    assert torch.equal(trained("stopped"), trained("whole")) and torch.equal(trained("stopped"), trained("whole"))
 
 
 def test_shipped_vae_carries_clips():
@@ -1532,22 +1683,20 @@ def test_shipped_weights_are_small():
 
 
 def test_post_training_the_shipped_weights(tmp_path, monkeypatch):
-    update, alive = train.update, {}
+    clip, alive = torch.nn.utils.clip_grad_norm_, {}
 
-    def watched(cfg, name, net, *rest):
-        for key, p in net.named_parameters():
-            if p.grad is not None and p.grad.abs().max() > 0:
-                alive.setdefault(name, set()).add(key)
-        figures = update(cfg, name, net, *rest)
-        alive.setdefault("steps", []).append((name, {key for key, _ in net.named_parameters()}))
-        return figures
+    def watched(parameters, *args, **how):
+        parameters = list(parameters)
+        for p in parameters:
+            alive[p] = alive.get(p, False) or p.grad is not None and bool(p.grad.abs().max() > 0)
+        return clip(parameters, *args, **how)
 
-    monkeypatch.setattr(train, "update", watched)
-    flags = f"--preset toy --out {tmp_path} --fake_warmup 1 --discriminator_warmup 1 --steps 3 --samples 24"
-    train.main([*flags.split(), "--contexts", str(tmp_path / "contexts")])
-    for name, everything in alive["steps"]:
-        assert alive[name] == everything, (name, everything - alive[name])
-    log = read_log(tmp_path)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    flags = (f"--preset toy --out {tmp_path / 'run'} --fake_warmup 1 --discriminator_warmup 1 --cycles 2 --samples 12 "
+             "--batch 4 --discriminator_batch 4 --micro_batch 4")
+    train.main(flags.split())
+    assert len(alive) > 300 and all(alive.values())  # every parameter of the three networks learns
+    log = read_log(tmp_path / "run")
     full = [row for row in log if row["phase"] == "mogan"]
     assert all(row[f"norm_{key}"] > 0 for row in full for key in ("dmd", "gan", "fake_score", "discriminator"))
     before, after = (row for row in log if row["phase"] == "samples")
