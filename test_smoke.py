@@ -434,21 +434,6 @@ def golden_vae():
     return net.requires_grad_(False), g
 
 
-def decode_frames(net, z, a, b, truncated, **how):
-    """Frames of latents [a, b); the state of those before with or without its gradient."""
-    state = None
-    if a:
-        with torch.set_grad_enabled(not truncated):
-            _, state = net.advance(z[:, :, :a], None, **how)
-    return net.advance(z[:, :, a:b], state, **how)[0]
-
-
-def grad_of_z(net, z, window, grad_out):
-    z = z.clone().requires_grad_()
-    (window(net, z) * grad_out).sum().backward()
-    return z.grad
-
-
 def close(a, b, atol):
     torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
@@ -462,42 +447,32 @@ def test_vae_equals_wan(latents_per_pass):
     close(net.decode(g["enc.mu"], latents_per_pass), g["rec.from_mu"], 2e-5)
 
 
-def test_vae_windows_equal_wan():
+# Four latents a pass take a window in one, which is kept; of several passes each is computed again.
+@pytest.mark.parametrize("latents_per_pass", [1, 2, 4])
+def test_decode_window_and_its_gradient_equal_wan(latents_per_pass):
     net, g = golden_vae()
-    for a, b in (0, 1), (0, 3), (1, 2), (2, 5), (4, 7):
-        close(decode_frames(net, g["dec.z"], a, b, truncated=True), g[f"dec.win_{a}_{b}"], 2e-5)
+    for start, chunks, seen in (0, 2, "0_3"), (1, 3, "2_5"):  # seen: the latents that a gradient reaches
+        z = g["dec.z"].clone()
+        z[:, :, start + chunks + 1 :] = float("nan")  # nothing after the window is looked at
+        z.requires_grad_()
+        x = net.decode_window(z, start, chunks, latents_per_pass)
+        close(x, g["dec.full"][:, :, 4 * start : 4 * (start + chunks) + 1], 2e-5)
+        grad_out = g[f"grad.win_{seen}.grad_out"]
+        boundary = torch.ones_like(x[:, :, : x.shape[2] - grad_out.shape[2]])  # whose gradient goes nowhere
+        x.backward(torch.cat([boundary, grad_out], dim=2))
+        want = g[f"grad.win_{seen}.truncated"]
+        close(z.grad, want, 1e-5 * want.abs().max())
+        assert [i for i in range(7) if z.grad[:, :, i].any()] == list(range(int(seen[0]), int(seen[2])))
+    close(net.decode_window(g["dec.z"], 3, 3, latents_per_pass), g["dec.full"][:, :, 12:], 2e-5)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name, truncated", [("truncated", True), ("full", False)])
-def test_vae_window_gradients_equal_wan(name, truncated, remat):
+@pytest.mark.parametrize("latents_per_pass", [1, 4])
+def test_decode_gradient_equals_wan(latents_per_pass):
     net, g = golden_vae()
-    for a, b in (2, 5), (0, 3):
-        def window(net, z):
-            return decode_frames(net, z, a, b, truncated, latents_per_pass=2, remat=remat)
-        want = g[f"grad.win_{a}_{b}.{name}"]
-        close(grad_of_z(net, g["dec.z"], window, g[f"grad.win_{a}_{b}.grad_out"]), want, 1e-5 * want.abs().max())
-        assert want[:, :, a:b].all() and (want[:, :, :a] != 0).any() == (a > 0 and not truncated)
-
-
-@pytest.mark.parametrize("start, chunks", [(0, 2), (1, 3), (3, 3)])
-def test_decode_window_is_part_of_the_decode(start, chunks):
-    net, g = golden_vae()
-    end, first = start + chunks + 1, 4 * start
-    z = g["dec.z"].clone().requires_grad_()
-    x = net.decode_window(z, start, chunks)
-    assert x.shape[2] == 1 + 4 * chunks
-    close(x, g["dec.full"][:, :, first : first + 1 + 4 * chunks], 2e-5)
-    x.square().sum().backward()
-    inside = range(start + (start > 0), end)  # the boundary latent is inside at the clip's start only
-    assert [i for i in range(z.shape[2]) if z.grad[:, :, i].any()] == list(inside)
-
-
-def test_decode_window_stops_early():
-    net, g = golden_vae()
-    z = g["dec.z"].clone()
-    z[:, :, 4:] = float("nan")
-    assert net.decode_window(z, 1, 2).isfinite().all()
+    z, want = g["dec.z"][:, :, :5].clone().requires_grad_(), g["grad.win_2_5.full"][:, :, :5]
+    net.decode(z, latents_per_pass)[:, :, 5:].backward(g["grad.win_2_5.grad_out"])
+    assert want.all()  # through the state to the first latent
+    close(z.grad, want, 1e-5 * want.abs().max())
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -505,16 +480,16 @@ def test_vae_checkpointing_changes_nothing(trainable):
     net, g = golden_vae()
     net.requires_grad_(trainable)
 
-    def gradients(remat, latents_per_pass):
+    def gradients(latents_per_pass):
         x = g["video"][:, :, :13, :16, :24].clone().requires_grad_()
-        z = net.encode(x, latents_per_pass, remat)
-        net.decode_window(z, 1, 2, latents_per_pass, remat).square().mean().backward()
+        z = net.encode(x, latents_per_pass)
+        net.decode_window(z, 1, 2, latents_per_pass).square().mean().backward()
         grads = [x.grad, *(p.grad for p in net.parameters() if trainable)]
         net.zero_grad()
         return grads
-    plain = gradients(False, 1)
+    kept = gradients(3)
     for latents_per_pass in 1, 2:
-        for a, b in zip(gradients(True, latents_per_pass), plain, strict=True):
+        for a, b in zip(gradients(latents_per_pass), kept, strict=True):
             close(a, b, 1e-5 * b.abs().max())
 
 
@@ -530,7 +505,7 @@ def test_frozen_vae_keeps_half_and_gives_the_same_gradient():
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
             return t
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            y = net.decode(net.encode(x, 2, remat=False), 2, remat=False)
+            y = net.decode(net.encode(x, 3), 3)
         size = sum(storage.nbytes() for at, storage in kept.items() if at not in weights)
         return torch.autograd.grad(y.square().mean(), x)[0], size
 
@@ -552,8 +527,9 @@ def test_vae_state_is_a_value():
     net, g = golden_vae()
     _, state = net.advance(g["dec.z"][:, :, :2])
     before = copy.deepcopy(state)
-    once, again = (net.advance(g["dec.z"][:, :, 2:4], state, n)[0] for n in (1, 2))
-    close(once, again, 2e-5)
+    with torch.no_grad():  # where chunks use their state up
+        once = net.advance(g["dec.z"][:, :, 2:4], state, 1)[0]
+    close(once, net.advance(g["dec.z"][:, :, 2:4], state, 2)[0], 2e-5)
     assert len(state) == 32
     frames, before = itertools.chain(*state), itertools.chain(*before)
     assert all(torch.equal(a, b) for a, b in zip(frames, before, strict=True))
@@ -567,18 +543,19 @@ def test_upsample_conv_equals_the_plain_one():
     close(vae.upsample_conv(conv, [x])[0], conv(F.interpolate(x, scale_factor=2)), 1e-5)
 
 
-def test_time_conv_equals_the_plain_one():
+@pytest.mark.parametrize("frozen", [True, False])
+def test_causal_conv_equals_the_plain_one(frozen):
     x = torch.randn(2, 6, 7, 5, 4, requires_grad=True)
-    for frames, step, kernel in (3, 1, 3), (4, 1, 3), (7, 1, 3), (5, 2, 1), (6, 1, 1):  # one, even, odd, Down, Up
-        conv = torch.nn.Conv3d(6, 4, (3, kernel, kernel), (step, 1, 1), padding=(0, kernel // 2, kernel // 2))
-        plain = conv(x[:, :, :frames])
-        ours = torch.stack(vae.time_conv(conv, list(x[:, :, :frames].unbind(2))), dim=2)
-        close(ours, plain, 1e-5)
-        with torch.no_grad():
-            close(torch.stack(vae.time_conv(conv, list(x[:, :, :frames].unbind(2))), dim=2), plain, 1e-5)
-        a, b = (torch.autograd.grad(y.square().sum(), [x, conv.weight, conv.bias]) for y in (ours, plain))
-        for i, j in zip(a, b):
-            close(i, j, 1e-5 * j.abs().max())
+    for kernel, stride, past in (3, 1, 2), (1, 2, 1), (1, 1, 2):  # of a block, Down, Up
+        conv = vae.CausalConv(6, 4, kernel, stride).requires_grad_(not frozen)
+        frames, new_state = list(x.unbind(2)), []
+        ours = conv(frames[past:], [frames[:past]], new_state)
+        plain = F.conv3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        close(torch.stack(list(ours), dim=2), plain, 1e-5)
+        assert all(a is b for a, b in zip(*new_state, frames[-past:], strict=True))
+        inputs = [x] if frozen else [x, conv.weight, conv.bias]
+        for a, b in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (torch.stack(list(ours), 2), plain))):
+            close(a, b, 1e-5 * b.abs().max())
 
 
 def test_vae_batch_and_dtypes():
@@ -633,7 +610,7 @@ def test_saved_vae_knows_its_config(tmp_path):
 
 
 def test_vae_refuses_bad_sizes_and_files(tmp_path):
-    net = vae.WanVAE(vae.VAEConfig(8, 16, (0.0,) * 16, (1.0,) * 16, res_blocks=1))
+    net = vae.WanVAE(vae.VAEConfig(8, 16, (0.0,) * 16, (1.0,) * 16))
     for shape, message in [((1, 3, 4, 16, 16), "1 \\+ 4k frames"), ((1, 4, 5, 16, 16), r"\[B, 3, 1 \+ 4k"),
                            ((1, 3, 5, 16, 20), "divisible by 8, got 16x20")]:
         with pytest.raises(ValueError, match=message):
