@@ -17,7 +17,7 @@ import argparse
 import itertools
 import math
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from unittest import mock
 
@@ -153,6 +153,10 @@ def counted(cfg, device="meta"):
     count, nets, loaded, optimizers, updates, base = Count(), [], [], [], [], []
     load_networks, mocked = train.load_networks, mock.MagicMock
 
+    def adamw(*_, **__):
+        optimizers.append(mocked(state=defaultdict(dict)))
+        return optimizers[-1]
+
     def load(cfg):
         with torch.device(device):
             loaded.extend(load_networks(cfg))
@@ -186,8 +190,7 @@ def counted(cfg, device="meta"):
         "real_clips": lambda *_: (torch.zeros(clip, device=device) for _ in itertools.count()),
         "setup": lambda _: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
         "checkpoint": mocked(start_of=lambda *_: 0, live_state=checkpoint.live_state, Log=begin)}
-    with (mock.patch.multiple(train, **stand_ins), mock.patch.object(
-              torch.optim, "AdamW", lambda *_, **__: optimizers.append(mocked(state={})) or optimizers[-1]),
+    with (mock.patch.multiple(train, **stand_ins), mock.patch.object(torch.optim, "AdamW", adamw),
           mock.patch.object(torch.nn.utils, "clip_grad_norm_"),
           mock.patch.object(train.Draw, "choice", lambda _, what, options: options // 2),
           mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, **how: FLASH(q, k, v, **how)[0]),
@@ -237,7 +240,7 @@ def plan(cfg, ranks, share):
     waiting = (cfg.fake_updates * math.ceil(each / B) - one.fake_updates) * z0  # rollouts, for the discriminator
     peaks, work = {}, {}
     for key, peak, done in updates:
-        times = {"fake": each * fakes, "gan_d": clips}.get(key, each) / B
+        times = {"fake": each, "gan_d": clips}.get(key, each) / B
         peaks[key] = peak + waiting * (key != "dmd")
         work[key] = Counter({kind: amount * times for kind, amount in done.items()})
     return held(cfg, share, nets, optimizers, frozen), peaks, work
@@ -263,11 +266,11 @@ def report(cfg, ranks, share):
     yield from (f"{size / GIB:8.2f} GiB  {what}" for what, size in parts.items() if size)
     yield from (f"{size / GIB:8.2f} GiB  activations, {UPDATES[key]}" for key, size in peaks.items())
     yield f"{peak:8.2f} GiB  at the peak, {UPDATES[worst]}; with a tenth to spare: cards of {fits}"
-    yield f"{'TFLOP, memory TB, a cycle':26}" + "".join(f"{kind:>12}" for kind in RATES) + f"{'seconds':>14}"
+    yield f"{'TFLOP, memory TB, a cycle':26}" + "".join(f"{kind:>12}" for kind in RATES) + f"{'seconds':>20}"
     for key, done in [*work.items(), ("all", sum(work.values(), Counter()))]:
         times = " to ".join(short(3600 * x) for x in hours(done, 1))
         amounts = "".join(f"{short(done[kind] / 1e12):>12}" for kind in RATES)
-        yield f"{UPDATES.get(key, key):26}{amounts}{times:>14}"
+        yield f"{UPDATES.get(key, key):26}{amounts}{times:>20}"
     for phase, keys in PHASES.items():
         cycles, done = getattr(cfg, phase), sum((work[key] for key in keys if key in work), Counter())
         if cycles and cfg.preset != "toy":  # which launches and loading pace, not these rates

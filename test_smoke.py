@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
+from unittest import mock
 
 import av
 import numpy as np
@@ -40,10 +41,13 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
 
 import checkpoint
 import cli
+import cost
 import eval as scores
 import flow_viz
 import metrics
@@ -1425,6 +1429,93 @@ def test_help_tells_every_flag(capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# cost.py
+
+
+def toy_cycle(**flags):
+    small = dict(preset="toy", frames=9, batch=2, micro_batch=2, discriminator_batch=2, fake_updates=1, weights="none")
+    return train.Config(**{**train.PRESETS["toy"], **small, **flags})
+
+
+def flop(work):
+    return sum(amount for kind, amount in work.items() if kind != "memory")
+
+
+@pytest.mark.parametrize("flags", [{}, dict(checkpointing=True, dtype="bf16")], ids=["plain", "checkpointing, bf16"])
+def test_cost_is_what_a_cpu_allocates_and_computes(monkeypatch, flags):
+    """The count on meta against torch's profiler of the allocator and its FLOP counter while numbers are computed."""
+    def marked(*args):
+        marks.append((time.time_ns(), flops.get_total_flops()))
+        return shares(*args)
+
+    shares, marks = train.micro_batches, []  # every update begins by asking for them, and the list of real clips once
+    monkeypatch.setattr(train, "micro_batches", marked)
+    formulas = {cost.FLASH: lambda q, k, v, *_, **__: 4 * math.prod(q) * k[2],
+                cost.FLASH_BACK: lambda g, q, k, v, *_, **__: 10 * math.prod(q) * k[2]}
+    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    flops.mod_tracker = mock.MagicMock(parents={"Global"})  # it cannot follow modules through no_grad
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled, flops:
+        cost.counted(toy_cycle(**flags), "cpu")
+    marked(1, 1)
+    events = profiled.profiler.kineto_results.events()
+    events = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    times, totals = zip(*marks[1:])
+    live = np.cumsum([size for _, size in events])
+    at = np.searchsorted([when for when, _ in events], times)
+    peaks = [live[a:b].max() - live[at[0] - 1] for a, b in zip(at, at[1:])]
+    *_, updates = cost.counted(toy_cycle(**flags))
+    assert [key for key, *_ in updates] == list(cost.UPDATES)
+    for (key, size, work), peak, before, after in zip(updates, peaks, totals[:-1], totals[1:], strict=True):
+        assert flop(work) == after - before and abs(size / peak - 1) < 0.05, (key, size, peak, work, after - before)
+
+
+def test_cost_multiplies_to_a_whole_cycle(monkeypatch):
+    cfg = toy_cycle(batch=4, discriminator_batch=8, fake_updates=2)
+    parts, peaks, work = cost.plan(cfg, 1, 1)
+    *_, updates = cost.counted(cfg)
+    for key in cost.UPDATES:
+        whole = [(peak, flop(done), done["memory"]) for name, peak, done in updates if name == key]
+        peak, operations, moved = max(row[0] for row in whole), *(sum(row[i] for row in whole) for i in (1, 2))
+        assert abs(peaks[key] / peak - 1) < 0.01 and abs(work[key]["memory"] / moved - 1) < 0.01, (key, peaks, peak)
+        assert flop(work[key]) == operations
+    half, _, shared = cost.plan(cfg, 2, 2)
+    assert flop(shared["dmd"]) == flop(work["dmd"]) / 2
+    assert half["AdamW's moments, fp32"] == parts["AdamW's moments, fp32"] / 2
+
+    # What is changed in the code is in the figures: here a generator of which a block trains.
+    load = train.load_networks
+
+    def frozen(cfg):
+        nets = load(cfg)
+        nets[0].requires_grad_(False).blocks[-1].requires_grad_(True)
+        return nets
+    monkeypatch.setattr(train, "load_networks", frozen)
+    fewer, _, less = cost.plan(cfg, 1, 1)
+    with torch.device("meta"):
+        net = WanDiT(CONFIGS["toy"])
+    spared = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.blocks[-1].parameters())
+    assert parts["AdamW's moments, fp32"] - fewer["AdamW's moments, fp32"] == pytest.approx(8 * spared, rel=1e-3)
+    assert flop(less["dmd"]) < flop(work["dmd"]) and flop(less["fake"]) == flop(work["fake"])
+
+
+def test_cost_tells_what_wan_needs(capsys):
+    cost.main(["--preset", "wan1.3b", "--ranks", "16", "--generator", "student"])
+    told = capsys.readouterr().out
+    assert "fp32: 1419 M + 1419 M + 1419 M + 818 M" in told and "dmd warmup" not in told
+    peak = float(re.search(r"([\d.]+) GiB  at the peak, generator, flow GAN; .*: cards of 48 GB", told)[1])
+    assert 35 < peak < 39
+    # Five calls forward, of which one is recomputed and has a backward of 2.5 times that: 8.5 in all.
+    tokens, text, width, layers = 21 * 30 * 52, 512, 1536, 30
+    attention = 8.5 * 4 * layers * width * tokens * (tokens + text) / 1e12
+    assert re.search(rf"generator, DMD +630 +{attention:,.0f} ", told), (attention, told)
+    hours = re.search(r"800 cycles: (\d+) to (\d+) hours, (\d+) to (\d+) card-hours", told).groups()
+    assert 10 < int(hours[0]) < 16 < int(hours[1]) < 30 and abs(int(hours[3]) / 16 - int(hours[1])) < 1
+    with pytest.raises(SystemExit):
+        cost.main(["--preset", "wan1.3b", "--ranks", "12", "--shard", "8"])
+    assert capsys.readouterr().err == "cost.py: expected --ranks that --shard 8 divides, got 12\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # toy/
 
 
@@ -1859,7 +1950,7 @@ def test_names_may_hold_anything(tmp_path, capsys, odd):
         write_video(folder / "new.mp4", clip.pixels[0], 16)
         (folder / "new.mp4").rename(folder / f"{name}-0.mp4")
     (folder / f"{odd}-1.mp4").write_bytes(b"no video")
-    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 0, odd: 1.0}) + "\n[1]\n\0\0\n" + json.dumps({odd: 2}))
+    (tmp_path / "log.jsonl").write_text(json.dumps({"cycle": 0, odd: 1.0}) + "\n[1]\n\0\0\n" + json.dumps({odd: 2}))
     flags = ["--no_download", "--weights", str(tmp_path), "--out", str(tmp_path / "out"), "--run", str(tmp_path)]
     scores.main([str(folder), *flags, "--flow_rows", "0", "--embed_mb", "0"])
     out = capsys.readouterr().out

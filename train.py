@@ -87,7 +87,7 @@ class Config:
     taps: tuple = (7, 13, 15)       # DiT blocks with a head; the last is the discriminator's last
     latent_gan: bool = False        # the discriminator sees the video's latents, not its flow: ablation of Table 2
     # memory against time; the result is the same
-    checkpointing: bool = True      # recompute DiT blocks and passes of the VAE in backward
+    checkpointing: bool = True      # recompute each DiT block in backward
     shard: int = 0                  # ranks that share one copy of the parameters; 0: those of a node, 1: a copy each
     # bookkeeping
     save_every: int = 20            # cycles between checkpoints, exports and sample clips
@@ -331,7 +331,6 @@ def train(cfg):
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
     state = checkpoint.live_state(nets, optimizers, ema)
     checkpoint.load(cfg.out, state)
-    passes = LATENTS_PER_PASS, cfg.checkpointing  # of the VAE
     shape = teacher.cfg.in_dim, 1 + cfg.frames // 4, cfg.height // 8, cfg.width // 8  # of a latent clip, [C, f, h, w]
     for net in nets.values():  # FSDP fixes a net's gradient dtype at its first forward, before the loop freezes any
         with torch.no_grad():
@@ -351,15 +350,15 @@ def train(cfg):
     def encode_motion(x):
         """Pixels [B, 3, T, H, W] -> the latents [B, C, f, h, w] of their motion tensor, CHOICE: by the frozen VAE."""
         o = motion_tensor(video_flow(raft, x, cfg.raft_iters), cfg.flow_scale)
-        return vae.encode(o, *passes)
+        return vae.encode(o, LATENTS_PER_PASS)
 
     def encode_generated(z0, start):
         """What the discriminator sees of z0: the motion of a window, decoded with the state before it detached."""
-        return z0 if cfg.latent_gan else encode_motion(vae.decode_window(z0, start, cfg.window, *passes))
+        return z0 if cfg.latent_gan else encode_motion(vae.decode_window(z0, start, cfg.window, LATENTS_PER_PASS))
 
     def encode_real(x):
         """What it sees of real pixels."""
-        return vae.encode(x, *passes) if cfg.latent_gan else encode_motion(x)
+        return vae.encode(x, LATENTS_PER_PASS) if cfg.latent_gan else encode_motion(x)
 
     def logits(seen):
         """The discriminator's judgement [B] of what it sees [B, C, f, h, w], at t* = 0 with one prompt (App. A)."""

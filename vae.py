@@ -244,7 +244,8 @@ def scan(layers, x, state, step):
     recompute = torch.is_grad_enabled() and len(chunks) > 1 + first
     for chunk in chunks:
         if recompute:
-            chunk, state = checkpoint(advance_chunk, layers, chunk, state, use_reentrant=False, preserve_rng_state=False)
+            chunk, state = checkpoint(advance_chunk, layers, chunk, state,
+                                      use_reentrant=False, preserve_rng_state=False)
         else:
             chunk, state = advance_chunk(layers, chunk, state)
         y += chunk
