@@ -17,10 +17,10 @@ PROMPT = "a video with good motion"  # paper App. A; CHOICE: no full stop, as in
 
 
 def motion_tensor(flow, scale=16.0):
-    """The motion representation o [B, 3, T, H, W] in (-1, 1) of a flow [B, 2, T-1, H, W] in pixels per frame.
+    """The motion representation o [B, 3, T, H, W] in (-1, 1) of a flow [B, 2, T-1, H, W] in pixels per 1/16 s.
 
     The last flow is repeated, so that T = 1 + 4k like the video; the third channel is the magnitude (App. A).
-    scale: the speed in pixels per frame that maps to 0.71, the same for real and generated clips.
+    scale: the speed in pixels per 1/16 s that maps to 0.71, the same for real and generated clips.
     """
     flow = torch.cat([flow, flow[:, :, -1:]], dim=2)                              # [B, 2, T, H, W]
     # CHOICE: flow / sqrt(scale^2 + |flow|^2); the paper gives no range and the VAE expects [-1, 1]. It keeps

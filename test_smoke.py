@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 import zlib
@@ -71,7 +72,8 @@ from text import WAN_NEGATIVE, clean_prompt, encode_prompts, load_text_encoder
 from toy import make_weights, world
 from toy.fit import fit, muon_adamw
 from vae import load_vae
-from video import read_frames, read_video, video_files, video_info, write_video
+from video import (BadRun, open_video, read_clip, read_clip_list, read_frames, read_video, real_clips, stride_of,
+                   video_files, write_video)
 from weights import WEIGHTS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -874,7 +876,6 @@ def test_video_round_trip(tmp_path):
     write_video(tmp_path / "a" / "x.mp4", x, 16, comment="made by a test")
     y, fps = read_video(tmp_path / "a" / "x.mp4")
     assert y.shape == x.shape and fps == 16
-    assert video_info(tmp_path / "a" / "x.mp4") == pytest.approx((17 / 16, 16, 64, 96), 1e-3)
     assert 10 * torch.log10(4 / (x - y).square().mean()) > 38
     assert (x - y).mean((1, 2, 3)).abs().max() < 0.02  # no channel swapped, no range or matrix mistaken
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.mp4"]  # nothing is left aside
@@ -883,31 +884,68 @@ def test_video_round_trip(tmp_path):
         codec = file.streams.video[0].codec_context
         assert codec.name == "h264" and codec.pix_fmt == "yuv420p"
     write_video(tmp_path / "film.mp4", x, 23.976)
-    assert video_info(tmp_path / "film.mp4")[1] == pytest.approx(23.976, abs=1e-3)
+    assert read_video(tmp_path / "film.mp4", 2)[1] == pytest.approx(23.976, abs=1e-3)
     with pytest.raises(ValueError, match="even H and W"):
         write_video(tmp_path / "odd.mp4", x[:, :, :63], 16)
 
 
-def test_video_is_resampled_by_time_stamps(tmp_path):
-    write_raw(tmp_path / "30.mp4", [round(1000 * k / 30) for k in range(50)])
-    x, fps = read_video(tmp_path / "30.mp4", 17, fps=16)
-    assert fps == pytest.approx(30, abs=0.1) and levels(x) == [30 * k // 16 for k in range(17)]
-    times = [0, 40, 80, 300, 340, 700, 705, 710, 1300, 1340]  # variable; Matroska keeps milliseconds
-    write_raw(tmp_path / "variable.mkv", times, format="matroska")
-    want = [max(i for i, ms in enumerate(times) if ms <= 62.5 * k + 2) for k in range(20)]
-    assert levels(read_video(tmp_path / "variable.mkv", 20, fps=16)[0]) == want
-    write_raw(tmp_path / "16.mkv", [round(62.5 * k) for k in range(40)], format="matroska", rate=16)
-    assert levels(read_video(tmp_path / "16.mkv", 40, fps=16)[0]) == list(range(40))  # rounded times drop no frame
-    write_raw(tmp_path / "16.avi", [round(62.5 * k) for k in range(40)], format="avi", rate=16)
-    assert levels(read_video(tmp_path / "16.avi", 40, fps=16)[0]) == list(range(40))  # times in coding order
+@pytest.mark.parametrize("fps", [12, 15, 23.976, 24, 25, 29.97, 30, 48, 50, 59.94, 60, 120])
+def test_real_clips_move_as_evenly_as_they_were_filmed(tmp_path, fps):
+    t = torch.arange(int(1.7 * fps))[:, None, None] / fps
+    y, x = torch.arange(48)[:, None] - 24, torch.arange(112) - 24
+    blob = 1.8 * torch.exp(-((x - 24 * t) ** 2 + y**2) / 128) - 0.9                   # 24 px/s to the right
+    write_video(tmp_path / "x.mp4", blob.expand(3, -1, -1, -1), fps)
+    clip, speed = read_clip(tmp_path / "x.mp4", 17, (48, 112))
+    assert clip.shape == (3, 17, 48, 112) and speed == pytest.approx(fps / stride_of(fps) / 16, rel=1e-3)
+    weight = (clip.mean(0) + 0.8).clamp(min=0)
+    flow = ((weight * (x + 24)).sum((1, 2)) / weight.sum((1, 2))).diff() * speed
+    assert flow.std() / flow.mean() < 0.05 and flow.mean() == pytest.approx(24 / 16, rel=0.03)
 
 
-def test_video_place_and_size(tmp_path):
+def test_far_rates_and_uneven_runs_are_refused(tmp_path):
+    assert [stride_of(fps) for fps in (8, 23.976, 24, 24.02, 25, 30, 50, 60)] == [1, 1, 1, 1, 2, 2, 3, 4]
+    write_raw(tmp_path / "slow.mp4", [100 * k for k in range(20)], rate=10)
+    with pytest.raises(ValueError, match="slow.mp4: expected 11 to 25 frames per second, .*got 10, "):
+        read_clip(tmp_path / "slow.mp4", 5, (48, 64))
+    times = [round(1000 * k / 30) for k in range(50)]
+    for missing in 60, 13:  # none, and one between two that are taken, which does no harm
+        kept = [ms for ms in times if ms != round(1000 * missing / 30)]
+        write_raw(tmp_path / "even.mkv", kept, format="matroska")
+        clip, speed = read_clip(tmp_path / "even.mkv", 17, (48, 64))
+        assert levels(clip) == [kept.index(ms) for ms in times[:34:2]] and speed == pytest.approx(15 / 16, rel=2e-3)
+    for name, uneven in {"dropped": times[:14] + times[15:],
+                         "jitter": [ms + 8 * (k % 4 == 2) for k, ms in enumerate(times)]}.items():
+        write_raw(tmp_path / f"{name}.mkv", uneven, format="matroska")
+        with pytest.raises(BadRun, match=f"{name}.mkv: its frames after 0.00 s are 0.0.. to 0.... s apart"):
+            read_clip(tmp_path / f"{name}.mkv", 17, (48, 64))
+    assert levels(read_clip(tmp_path / "dropped.mkv", 10, (48, 64), place=1)[0]) == list(range(30, 49, 2))
+    for name, form in ("16.mkv", "matroska"), ("16.avi", "avi"):  # rounded time stamps; none, in coding order
+        write_raw(tmp_path / name, [round(62.5 * k) for k in range(40)], format=form, rate=16)
+        assert levels(read_clip(tmp_path / name, 40, (48, 64))[0]) == list(range(40))
+
+
+def test_clip_place_start_stride_and_crop(tmp_path):
     write_raw(tmp_path / "long.mp4", [50 * k for k in range(50)], rate=20)
-    for place, first in (0, 0), (0.5, 20), (1, 40):
-        x, _ = read_video(tmp_path / "long.mp4", 10, fps=20, place=place)
-        assert levels(x) == list(range(first, first + 10))
-    assert levels(torch.stack(list(read_frames(tmp_path / "long.mp4", start=2.4)), 1) / 127.5 - 1) == [48, 49]
+    for how, want in ((dict(place=0), range(10)), (dict(place=0.5), range(20, 30)), (dict(place=1), range(40, 50)),
+                      (dict(start=1.46), range(29, 39)), (dict(start=0, crop=[8, 16, 32, 32]), range(10))):
+        assert levels(read_clip(tmp_path / "long.mp4", 10, (32, 32), **how)[0]) == list(want)
+    with (av.open(str(tmp_path / "long.mp4")) as file,
+          av.open(str(tmp_path / "live.mkv"), "w", options={"live": "1"}) as live):
+        stream = live.add_stream_from_template(file.streams.video[0])  # a recording whose header states no duration
+        for packet in file.demux(video=0):
+            packet.stream = stream
+            if packet.dts is not None:
+                live.mux(packet)
+    assert levels(read_clip(tmp_path / "live.mkv", 10, (32, 32), place=1)[0]) == list(range(39, 49))  # but for the last
+    write_raw(tmp_path / "fast.mp4", [20 * k for k in range(50)], rate=50)
+    assert levels(read_clip(tmp_path / "fast.mp4", 9, (32, 32), start=0.1, stride=4)[0]) == list(range(5, 41, 4))
+    with pytest.raises(ValueError, match=r"long.mp4: .*in 48 x 64, got \[0, 0, 48, 66\]"):
+        read_clip(tmp_path / "long.mp4", 10, (32, 32), start=0, crop=[0, 0, 48, 66])
+    with pytest.raises(ValueError, match="long.mp4: has 4 frames at 20 fps after 2.30 s, 10 needed"):
+        read_clip(tmp_path / "long.mp4", 10, (32, 32), start=2.3)
+
+
+def test_pixels_are_read_as_they_are_meant_to_be_seen(tmp_path):
     x = moving_clip(T=2, H=96, W=64)
     write_video(tmp_path / "tall.mp4", x, 16)
     y = read_video(tmp_path / "tall.mp4", size=(32, 32))[0]
@@ -917,9 +955,71 @@ def test_video_place_and_size(tmp_path):
     at = data.index(b"tkhd") + 44  # the track header's matrix: a quarter turn clockwise, as telephones do
     data[at:at + 20] = np.array([0, 1 << 16, 0, -(1 << 16), 0], ">i4").tobytes()
     (tmp_path / "turned.mp4").write_bytes(data)
-    y = read_video(tmp_path / "turned.mp4")[0]
-    assert y.shape == (3, 2, 64, 96) and (y - x.rot90(-1, (2, 3))).abs().mean() < 0.05
-    assert video_info(tmp_path / "turned.mp4")[2:] == (64, 96)
+    turned = x.rot90(-1, (2, 3))
+    for y in read_video(tmp_path / "turned.mp4")[0], read_clip(tmp_path / "turned.mp4", 2, (64, 96), start=0.0)[0]:
+        assert y.shape == (3, 2, 64, 96) and (y - turned).abs().mean() < 0.05
+    y = read_clip(tmp_path / "turned.mp4", 2, (48, 64), start=0, crop=(16, 32, 48, 64))[0]
+    assert (y - turned[..., 16:, 32:]).abs().mean() < 0.05
+    with av.open(str(tmp_path / "wide.mp4"), "w") as file:  # 64:45, a disc that is stored narrow, in full range
+        stream = file.add_stream("libx264", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 720, 576, "yuvj420p"
+        stream.codec_context.sample_aspect_ratio, stream.codec_context.color_range = Fraction(64, 45), 2
+        yy, xx = np.mgrid[:576, :720]
+        disc = 255 * (((xx - 360) * 64 / 45) ** 2 + (yy - 288) ** 2 < 200**2)
+        for k in range(3):
+            frame = av.VideoFrame.from_ndarray(np.repeat(disc[..., None], 3, 2).astype(np.uint8), format="rgb24")
+            frame.pts = k
+            file.mux(stream.encode(frame.reformat(format="yuvj420p", dst_color_range=2)))
+        file.mux(stream.encode())
+    for how in dict(start=0), dict(start=0, crop=(0, 112, 576, 800)):
+        white = read_clip(tmp_path / "wide.mp4", 2, (288, 400), **how)[0].mean(dim=(0, 1)) > 0
+        high, wide = white.any(1).sum(), white.any(0).sum()
+        assert abs(high - 200) <= 2 and abs(wide - high) <= 2
+    first = next(read_frames(tmp_path / "wide.mp4"))
+    assert first.shape == (3, 576, 720) and first.max() >= 253 and first.min() == 0  # stored pixels, as VBench's reader
+
+
+def texture(seed, T=30, H=48, W=64):
+    """A random smooth pattern that slides 1 px/frame, [3, T, H, W]."""
+    noise = torch.randn(1, 1, H // 8, W // 2, generator=torch.Generator().manual_seed(seed))
+    wide = F.interpolate(noise, (H, 4 * W), mode="bicubic")[0].mul(0.5).clamp(-1, 1).expand(3, -1, -1)
+    return torch.stack([wide[:, :, k : k + W] for k in range(T)], dim=1)
+
+
+def test_cuts_and_repeated_frames_are_passed_over(tmp_path):
+    x = texture(0)
+    order = {"plain": range(30), "telecine": [k * 4 // 5 for k in range(30)], "twos": [k // 2 * 2 for k in range(30)],
+             "once": [*range(15), *range(14, 29)]}
+    for name, index in order.items():
+        write_video(tmp_path / f"{name}.mp4", x[:, list(index)], 24)
+    write_video(tmp_path / "cut.mp4", torch.cat([x[:, :12], texture(1)[:, :18]], dim=1), 24)
+    write_video(tmp_path / "film at 60.mp4", x[:, [k * 2 // 5 for k in range(75)]], 60)  # 1 or 2 on
+    read_clip(tmp_path / "plain.mp4", 25, (48, 64))
+    for name, what in {"telecine": "a repeated frame at 0.25", "twos": "a repeated frame at 0.", "cut": "a cut at 0.50",
+                       "once": "a repeated frame at 0.62", "film at 60": "a repeated frame at 0."}.items():
+        with pytest.raises(BadRun, match=f"{name}.mp4: {what}.* s"):
+            read_clip(tmp_path / f"{name}.mp4", 17, (48, 64))
+        read_clip(tmp_path / f"{name}.mp4", 17, (48, 64), start=0.0)  # a list knows what it asks for
+    read_clip(tmp_path / "cut.mp4", 17, (48, 64), place=1)
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "name: x.mp4", "tcp:localhost:1.mp4", "http://a.mp4":
+        write_video(name, moving_clip(T=3, H=32, W=32), 16)
+        assert read_video(name)[0].shape == (3, 3, 32, 32) and (tmp_path / name).is_file()
+    os.mkfifo("pipe.mp4")
+    pipe = os.open("pipe.mp4", os.O_RDWR)
+    closed = threading.Timer(5, os.close, [pipe])  # whoever reads the pipe all the same waits no longer
+    closed.start()
+    Path("zero.mp4").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.mp4")
+        for name in "pipe.mp4", "zero.mp4", "socket.mp4":
+            with pytest.raises(ValueError, match=f"{name}: expected a video, it is no regular file"), open_video(name):
+                pass
+    closed.cancel()
+    os.close(pipe)
 
 
 def test_bad_videos_are_refused_by_name(tmp_path):
@@ -941,12 +1041,13 @@ def test_bad_videos_are_refused_by_name(tmp_path):
         file.mux(sound.encode(frame) + sound.encode())
     why = {"empty": "empty", "text": "no video", "headless": "no video", "cut": "cut short",
            "damaged": "the frame at 1.* is damaged", "sound": "no video stream",
-           "three": "has 3 frames at 16 fps, 37 needed", "missing": "No such file"}
+           "three": "has 3 frames.*, 37 needed", "missing": "No such file"}
     for name, reason in why.items():
-        with pytest.raises(ValueError, match=reason) as error:
-            read_video(tmp_path / f"{name}.mp4", 37, fps=16)
-        assert f"{name}.mp4" in str(error.value) and "\n" not in str(error.value)
-    assert read_video(tmp_path / "cut.mp4", 5, fps=16)[0].shape == (3, 5, 64, 96)  # the damage is outside the clip
+        for read in read_video, lambda path, frames: read_clip(path, frames, (64, 96)):
+            with pytest.raises(ValueError, match=reason) as error:
+                read(tmp_path / f"{name}.mp4", 37)
+            assert f"{name}.mp4" in str(error.value) and "\n" not in str(error.value)
+    assert read_video(tmp_path / "cut.mp4", 5)[0].shape == (3, 5, 64, 96)  # the damage is outside the clip
     write_raw(tmp_path / "whole.mkv", [62 * k for k in range(40)], format="matroska", rate=16, size=(256, 256))
     data = (tmp_path / "whole.mkv").read_bytes()
     (tmp_path / "cut.mkv").write_bytes(data[: len(data) * 2 // 3])  # ends without an error
@@ -1077,6 +1178,64 @@ def test_sample_refuses_in_one_line(tmp_path, capsys):
         assert run_sample(*flags.split()) == 2
         err = capsys.readouterr().err
         assert reason in err and err.count("\n") == 1 and err.startswith("sample.py: ")
+
+
+
+def test_clip_lists(tmp_path, capsys):
+    row = {"file": "a/x.mp4", "start": 0.5, "frames": 20, "fps": 30.0, "stride": 2, "motion": 7.1}
+    path = tmp_path / "clips.jsonl"
+    lines = [row, dict(row, frames=16), dict(row, file="/b/y.mp4", frames=17, crop=[0, 8, 64, 96])]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    assert read_clip_list(path, 17) == [(tmp_path / "a" / "x.mp4", 0.5, None, 2, 0.2),
+                                        (Path("/b/y.mp4"), 0.5, [0, 8, 64, 96], 2, 0)]
+    assert "clips.jsonl: 1 of 3 clips are passed over, shorter than 17 frames" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected clips of 25 frames or more in .*, its 3 have 20 at most"):
+        read_clip_list(path, 25)
+    bad = ['{"file": 1', "[]", "7", json.dumps(dict(row, file=3)), json.dumps({"file": "x.mp4"}),
+           *(json.dumps(dict(row, **{key: value})) for key, value in (
+               ("start", -1), ("start", math.nan), ("frames", "9"), ("stride", 0), ("stride", 1.5), ("fps", 0),
+               ("crop", [1, 2, 3]), ("crop", [0, 0, 0, 9]), ("crop", "0123")))]
+    for line in bad:
+        path.write_text(json.dumps(row) + "\n" + line + "\n")
+        with pytest.raises(ValueError, match="clips.jsonl, line 2: expected {\"file\": .*, got ") as error:
+            read_clip_list(path, 17)
+        assert line in str(error.value).replace("\\", "") or len(line) > 80
+
+
+def test_real_clips_are_drawn_and_what_is_passed_over_is_named(tmp_path, capsys):
+    def draw(videos, clips=12, frames=7, latent=False):
+        keys = [[(0, i), (1, i)] for i in range(clips)]
+        return list(real_clips(str(videos), keys, frames, (32, 64), 0, 0, latent)), capsys.readouterr().out
+
+    videos = tmp_path / "videos"
+    write_video(videos / "24.mp4", texture(0), 24)
+    write_video(videos / "portrait.mp4", texture(0, H=96, W=48), 30)
+    write_video(videos / "cuts.mp4", torch.cat([texture(k, T=10) for k in range(3)], dim=1), 16)
+    write_video(videos / "8.mp4", texture(0), 8)
+    os.mkfifo(videos / "pipe.mp4")
+    batches, printed = draw(videos)
+    assert len(batches) == 12 and all(x.shape == (2, 3, 7, 32, 64) and x.dtype == torch.uint8 for x, _ in batches)
+    assert {round(s, 3) for _, speed in batches for s in speed.tolist()} == {1.5, 0.938, 1.0}
+    skipped = [line for line in printed.splitlines() if line.startswith("skipped: ")]
+    assert sorted(Path(line.split(": ")[1]).name for line in skipped) == ["8.mp4", "cuts.mp4", "pipe.mp4"]  # each once
+    assert "1 of the first 3 videos, such as portrait ones, keep less than half" in printed
+    for name in "24.mp4", "portrait.mp4":
+        (videos / name).unlink()
+    assert {speed.mean().item() for _, speed in draw(videos)[0]} == {1.0}  # another run of the file that has cuts
+    with pytest.raises(ValueError, match="videos of 11 frames or more in .*, none of 3 can be used"):
+        draw(videos, frames=11)
+    rows = [{"file": "24.mp4", "start": 0.25, "frames": 10, "fps": 24, "stride": 1, "crop": [8, 0, 32, 64]}]
+    (videos / "clips.jsonl").write_text(json.dumps(rows[0]))
+    write_video(videos / "24.mp4", texture(0), 24)
+    batches, _ = draw(videos / "clips.jsonl")
+    pixels = torch.cat([x for x, _ in batches]).float() / 127.5 - 1
+    truth = torch.stack([texture(0)[:, k : k + 7, 8:40] for k in range(6, 10)])
+    error = (pixels[:, None] - truth).abs().mean((2, 3, 4, 5))
+    assert error.amin(1).max() < 0.03 and len(set(error.argmin(1).tolist())) == 4  # all its runs
+    write_video(videos / "48.mp4", texture(0, T=60), 48)
+    batches, printed = draw(videos, latent=True)
+    assert {round(s, 3) for _, speed in batches for s in speed.tolist()} == {1.0}
+    assert "only videos within 5 % of a multiple of 16" in printed and "24.mp4: expected 15.2 to 16.8 frames" in printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1309,6 +1468,17 @@ def test_what_was_frozen_before_training_stays_so(tmp_path, monkeypatch):
     saved = checkpoint.checkpoints(tmp_path / "run")[-1]
     moments = {key for key in dcp.FileSystemReader(saved).read_metadata().state_dict_metadata if "exp_avg" in key}
     assert moments and not any("blocks.0." in key for key in moments if "fake_score" not in key)
+
+
+def test_flow_of_real_clips_is_brought_to_one_speed(tmp_path, monkeypatch):
+    pixels, flows, real = [], [], torch.randint(0, 256, (2, 3, 5, 64, 64), dtype=torch.uint8)
+    monkeypatch.setattr(train, "real_clips", lambda *_: itertools.repeat((real, torch.tensor([1.5, 0.75]))))
+    monkeypatch.setattr(train, "video_flow", lambda raft, x, iters: pixels.append(x) or 1 + 0 * x[:, :2, 1:])
+    monkeypatch.setattr(train, "motion_tensor", lambda flow, scale: flows.append(flow) or motion_tensor(flow, scale))
+    run(tiny_weights(tmp_path / "weights"), tmp_path / "run")
+    seen = [flow.mean((1, 2, 3, 4)).tolist() for flow in flows]
+    assert seen.count([1.5, 0.75]) == 2 and seen.count([1.0, 1.0]) == len(seen) - 2 == 3
+    assert sum(torch.equal(x, real / 127.5 - 1) for x in pixels) == 2
 
 
 def test_real_videos_to_a_trained_checkpoint_to_a_video(tmp_path, capsys):
@@ -2097,7 +2267,7 @@ def test_toy_raft_draws_small_clips_only(tmp_path):
     (picture,) = report.draw_row(rafts, [small], tmp_path / "clips")
     picture.write_bytes(b"")  # what a power loss may leave: made anew
     assert report.draw_row(rafts, [small], tmp_path / "clips") == [picture]
-    assert video_info(picture)[2:] != (64, 64) and picture.parent == tmp_path / "clips"
+    assert next(read_frames(picture)).shape[1:] != (64, 64) and picture.parent == tmp_path / "clips"
     pair = report.draw_row(rafts, [small, {**small, "stamp": "2"}], tmp_path / "clips")
     rafts[0].stamp = "other weights"
     assert len({picture, *pair, *report.draw_row(rafts, [small], tmp_path / "clips")}) == 4

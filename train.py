@@ -49,7 +49,7 @@ class Config:
     fake_score: str = ""            # to start from, as a run exports it; default the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
     # data
-    videos: str = str(REPO / "data" / "videos")          # folder of real videos, searched recursively
+    videos: str = str(REPO / "data" / "videos")          # folder of real videos, or a list of clips (video.py)
     prompts: str = str(REPO / "data" / "prompts.txt")    # file, one prompt a line
     height: int = 480               # pixels, divisible by 16
     width: int = 832                # pixels, divisible by 16
@@ -83,7 +83,7 @@ class Config:
     sigma: float = 0.01             # standard deviation of the noise of R1 and R2
     window: int = 12                # four-frame chunks after a boundary frame: 12 are the paper's 49 frames
     raft_iters: int = 12            # CHOICE: refinements of a flow, RAFT's training length
-    flow_scale: float = 16.0        # px/frame, near the real clips' speed: five times that taught nothing (toy)
+    flow_scale: float = 16.0        # px per 1/16 s, near the real clips' speed: five times that taught nothing (toy)
     taps: tuple = (7, 13, 15)       # DiT blocks with a head; the last is the discriminator's last
     latent_gan: bool = False        # the discriminator sees the video's latents, not its flow: ablation of Table 2
     # memory against time; the result is the same
@@ -310,11 +310,11 @@ def train(cfg):
     keys = [[(cycle, i) for i in index] for cycle in range(max(start, cfg.fake_warmup + cfg.dmd_warmup), last)
             for index, _ in discriminator_micro_batches(cfg)]
     real_frames = cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window
-    reals = real_clips(cfg.videos, keys, real_frames, (cfg.height, cfg.width), cfg.seed, cfg.workers)
-    if keys:
-        reals = itertools.chain([next(reals)], reals)  # the first ones now: there may be no usable video
+    reals = real_clips(cfg.videos, keys, real_frames, (cfg.height, cfg.width), cfg.seed, cfg.workers, cfg.latent_gan)
 
     device, mesh = setup(cfg.shard, cpu=cfg.preset == "toy")
+    if keys:  # the first ones now: there may be no usable video; not before, as their pinned memory is this device's
+        reals = itertools.chain([next(reals)], reals)
     # The text encoder goes before the rest is loaded. Of the prompts it sees those that this run draws, with padding.
     fixed, roles = (NEGATIVE_PROMPT[cfg.preset], PROMPT), ("dmd", "gan", *map("fake{}".format, range(cfg.fake_updates)))
     sampled = [prompts[seed_of("prompt", i) % len(prompts)] for i in range(cfg.samples + -cfg.samples % world())]
@@ -347,18 +347,19 @@ def train(cfg):
         """t [B] of a score update. CHOICE: uniform, shifted, clamped, as CausVid; the paper: t ~ [0, 1]."""
         return shift_time(draw.uniform("t"), cfg.shift).clamp(T_MIN, T_MAX).to(device)
 
-    def encode_motion(x):
-        """Pixels [B, 3, T, H, W] -> the latents [B, C, f, h, w] of their motion tensor, CHOICE: by the frozen VAE."""
-        o = motion_tensor(video_flow(raft, x, cfg.raft_iters), cfg.flow_scale)
+    def encode_motion(x, speed=1.0):
+        """Pixels, whose flow times speed is px per 1/16 s -> latents of its motion tensor, CHOICE: by the frozen VAE."""
+        o = motion_tensor(video_flow(raft, x, cfg.raft_iters) * speed, cfg.flow_scale)
         return vae.encode(o, LATENTS_PER_PASS)
 
     def encode_generated(z0, start):
         """What the discriminator sees of z0: the motion of a window, decoded with the state before it detached."""
         return z0 if cfg.latent_gan else encode_motion(vae.decode_window(z0, start, cfg.window, LATENTS_PER_PASS))
 
-    def encode_real(x):
-        """What it sees of real pixels."""
-        return vae.encode(x, LATENTS_PER_PASS) if cfg.latent_gan else encode_motion(x)
+    def encode_real(x, speed):
+        """What it sees of real clips, x [B, 3, T, H, W] as uint8 and speed [B] (video.py)."""
+        x, speed = x.to(device, non_blocking=True).float().div(127.5).sub(1), speed.view(-1, 1, 1, 1, 1).to(device)
+        return vae.encode(x, LATENTS_PER_PASS) if cfg.latent_gan else encode_motion(x, speed)
 
     def logits(seen):
         """The discriminator's judgement [B] of what it sees [B, C, f, h, w], at t* = 0 with one prompt (App. A)."""
@@ -471,7 +472,7 @@ def train(cfg):
             with nullcontext() if phase == "mogan" else frozen(discriminator, discriminator.trunk):
                 for z0, (index, weight) in zip(rollouts, discriminator_micro_batches(cfg)):
                     with torch.no_grad():
-                        seen = torch.cat([encode_real(next(reals).to(device)), encode_generated(z0, window_start)])
+                        seen = torch.cat([encode_real(*next(reals)), encode_generated(z0, window_start)])
                         noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
                     both = torch.cat([seen, seen + cfg.sigma * noise])  # CHOICE: noise on latents; [4 B, C, f, h, w]
                     logit_real, logit_gen, noised_real, noised_gen = logits(both).chunk(4)

@@ -3,7 +3,10 @@
 import contextlib
 import hashlib
 import itertools
+import json
+import math
 import os
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from cli import print0
 from model import Draw, seed_of
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-FPS = 16               # of the videos that Wan makes, and of the real ones that they are compared with
+FPS = 16               # of the videos that Wan makes; speeds are in pixels per 1/16 s
 BT601, LIMITED = 6, 1  # ffmpeg's numbers of SMPTE 170M and of the range 16..235
 CHROMA = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP  # the default rings at edges
 TOLERANCE = 2e-3       # seconds; Matroska rounds time stamps to 1 ms
@@ -38,7 +42,8 @@ def write_video(path, x, fps, comment=""):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"  # prompts make long names
     try:
-        encode_h264(part, x.permute(1, 2, 3, 0).contiguous().numpy(), Fraction(fps).limit_denominator(1001), comment)
+        images = x.permute(1, 2, 3, 0).contiguous().numpy()
+        encode_h264(part.absolute(), images, Fraction(fps).limit_denominator(1001), comment)  # as in open_video
         part.rename(path)
     finally:
         part.unlink(missing_ok=True)
@@ -70,9 +75,11 @@ def open_video(path):
     """A file's container and video stream; what ffmpeg finds wrong becomes one ValueError line that names the file."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device read for ever
+            raise ValueError(f"{path}: expected a video, it is no regular file")
         if path.is_file() and path.stat().st_size == 0:
             raise ValueError(f"{path}: expected a video, the file is empty")
-        with av.open(str(path)) as container:
+        with av.open(str(path.absolute())) as container:  # ffmpeg takes "a: b.mp4" for the protocol a
             if not container.streams.video:
                 raise ValueError(f"{path}: expected a video, the file has no video stream")
             stream = container.streams.video[0]
@@ -86,7 +93,8 @@ def open_video(path):
 
 
 def frame_rate(stream):
-    return float(stream.average_rate or stream.guessed_rate)
+    """Frames per second; of two, as the header of a live recording may average to 1000."""
+    return float(min(rate for rate in (stream.average_rate, stream.guessed_rate) if rate))
 
 
 def stated_duration(container, stream):
@@ -95,19 +103,14 @@ def stated_duration(container, stream):
     return min(known + ([container.duration / av.time_base] if container.duration else []), default=None)
 
 
-def video_info(path):
-    """(duration in s, frames per second, H, W) of a video, from header and first frame. Raises as read_video."""
-    with open_video(path) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise ValueError(f"{path}: expected a video, it has no frames")
-        H, W = (frame.height, frame.width) if frame.rotation % 180 == 0 else (frame.width, frame.height)
-        duration = stated_duration(container, stream)
-        if duration is None:  # the header of a live recording: the last time stamp, without decoding
-            container.seek(0)
-            times = (p.pts * p.time_base for p in container.demux(stream) if p.pts is not None)
-            duration = float(max(times, default=0))
-        return duration, frame_rate(stream), H, W
+def full_duration(container, stream):
+    """Seconds it lasts; where the header is a live recording's, to the last time stamp, without decoding."""
+    duration = stated_duration(container, stream)
+    if duration is None:
+        last = max((packet.pts for packet in container.demux(stream) if packet.pts is not None), default=0)
+        duration = float((last - (stream.start_time or 0)) * stream.time_base)
+        container.seek(0)
+    return duration
 
 
 def timed_frames(path, container, stream, start):
@@ -135,59 +138,58 @@ def timed_frames(path, container, stream, start):
         raise ValueError(f"{path}: ends at {t or 0:.2f} s of the {duration:.2f} s that it states, it is cut short")
 
 
-def resample(timed, fps, start, step):
-    """Of (time, frame) pairs, the frame on show at each of start + k / fps: the last one not after it."""
-    k, held, end = 0, None, 0.0
-    for t, frame in itertools.chain(timed, [(None, None)]):
-        t = end if frame is None else t
-        while held is not None and start + k / fps < t - TOLERANCE:
-            yield held
-            k += 1
-        if frame is not None:
-            held, end = frame, t + (float((frame.duration or 0) * frame.time_base) or step)
+def upright_size(frame, aspect=1.0):
+    """(H, W) of a decoded frame as it is to be shown: its width scaled by the samples' aspect ratio, then turned."""
+    H, W = frame.height, round(frame.width * aspect)
+    return (W, H) if frame.rotation // 90 % 2 else (H, W)
 
 
-def to_pixels(frame, size):
+def to_pixels(frame, size=None, crop=None, aspect=1.0):
     """A decoded frame, upright, as uint8 RGB [3, H, W]; with a size (H, W), resized to cover it and cut to its centre.
 
+    crop: (top, left, height, width) that alone is read, in pixels of `upright_size`.
     CHOICE: swscale's default conversion, a level too dark on average: OpenCV and decord, hence VBench, read with it.
     """
     x = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
     x = torch.from_numpy(np.ascontiguousarray(x.transpose(2, 0, 1)))
-    (h, w), (H, W) = x.shape[1:], size or x.shape[1:]
+    shown = upright_size(frame, aspect)
+    top, left, h, w = crop or (0, 0, *shown)
+    high, wide = shown[0] / x.shape[1], shown[1] / x.shape[2]  # of a stored pixel, in those shown
+    x = x[:, round(top / high) : round((top + h) / high), round(left / wide) : round((left + w) / wide)]
+    H, W = size or (round(h), round(w))
     scale = max(H / h, W / w)
-    if scale != 1:
-        cover = max(H, round(h * scale)), max(W, round(w * scale))
+    cover = max(H, round(h * scale)), max(W, round(w * scale))
+    if cover != x.shape[1:]:
         x = F.interpolate(x[None], cover, mode="bicubic", antialias=True)[0]
     top, left = (x.shape[1] - H) // 2, (x.shape[2] - W) // 2
     return x[:, top : top + H, left : left + W]
 
 
-def read_frames(path, fps=None, size=None, start=0.0):
-    """Yield a video's frames from `start` seconds on, uint8 [3, H, W], holding one at a time; else as read_video."""
+def to_float(x):
+    """uint8 -> [-1, 1]"""
+    return x.float().div_(127.5).sub_(1)
+
+
+def read_frames(path, size=None):
+    """Yield a video's frames, uint8 [3, H, W], holding one at a time. Raises as read_video.
+
+    The sample aspect ratio is not applied: VBench's readers do not, and its scores are to be reproduced.
+    """
     with open_video(path) as (container, stream):
-        timed = timed_frames(path, container, stream, start)
-        shown = (frame for t, frame in timed if t >= start - TOLERANCE)
-        for frame in shown if fps is None else resample(timed, fps, start, 1 / frame_rate(stream)):
+        for _, frame in timed_frames(path, container, stream, 0.0):
             yield to_pixels(frame, size)
 
 
-def read_video(path, frames=None, size=None, fps=None, place=0.0):
-    """Read a clip: x [3, T, H, W] in [-1, 1], and the frame rate of the file.
+def read_video(path, frames=None, size=None):
+    """x [3, T, H, W] in [-1, 1] of a whole video or its first frames, as read_frames, and its frame rate.
 
-    frames: how many, default all. size: (H, W), covered and centre-cropped. fps: resample by time stamps to this rate,
-    each frame being the one on show at its time (repeated where the file is slower); default every frame. place: which
-    run of `frames`, 0 the first to 1 the last; no more than it needs is decoded.
-    Raises ValueError, one line naming the file: no video, damaged or cut short within the run, or too short.
+    Raises ValueError, one line naming the file: no video, damaged or cut short within those frames, or fewer.
     """
-    duration, source, *_ = video_info(path)
-    rate = fps or source
-    start = place * max(0.0, duration - frames / rate) if frames else 0.0
-    clip = list(itertools.islice(read_frames(path, fps, size, start), frames))
+    clip = list(itertools.islice(read_frames(path, size), frames))
     if len(clip) < (frames or 1):
-        after = f" after {start:.2f} s" if start else ""
-        raise ValueError(f"{path}: has {len(clip)} frames at {rate:g} fps{after}, {frames or 1} needed")
-    return torch.stack(clip, dim=1).float().div_(127.5).sub_(1), source
+        raise ValueError(f"{path}: has {len(clip)} frames, {frames or 1} needed")
+    with open_video(path) as (_, stream):
+        return to_float(torch.stack(clip, dim=1)), frame_rate(stream)
 
 
 def video_files(folder):
@@ -211,56 +213,224 @@ def video_files(folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Real clips: runs of native frames, whose motion is as even as it was filmed
+
+# CHOICE: every k-th frame of the file, as near to 16 a second as a whole k comes, and `speed`, by which their flow
+# becomes pixels per 1/16 s. The frames on show at i/16 s are 1, 2, 1, 2 apart in a file of 24 fps: even motion would be
+# seen with a coefficient of variation of .33 (30 fps: .18), a stutter that the discriminator would call real. What it
+# costs: 49 frames do not span 3.0 s but 2.0 (24 fps), 2.9 (50), 3.2 (30 and 60) or 3.8 (25).
+# CHOICE: frames that are 1/11 to 1/25 s apart, some 1.5 times or through 1.5 of 1/16 s, which 12 and 24 fps are within.
+# A flow over 1/8 s would hide half of the accelerations that one over 1/16 s shows.
+RATES = 11, 25
+# CHOICE: runs in which the frames' distance in time differs from its mean by more than a tenth are refused, not
+# resampled. Even motion, rendered at 24, 30 and 60 fps with time stamps that jitter by 1 to 8 ms or with 1 to 10 % of
+# the frames missing: speed varies by at most .06 in the runs that pass, by .11 to .37 in the same files resampled to
+# 16 fps. Of files that miss 1 % most runs pass, of those that miss 10 % none.
+UNEVEN = 0.1
+# CHOICE: on real clips in H.264 of crf 18 to 34 with frames repeated, these find every run with telecine or on twos,
+# nine of ten with a single repetition, and none in what has none. Motion came no closer to a cut than a ratio of 1.8.
+SMALL = 64, 36                # width, height of the grey pictures that are compared with the next
+CUT, CUT_RATIO = 8, 3         # grey levels, and times the change of the three frames before and after
+STILL, STILL_RATIO = 0.1, .2  # grey levels, and share of the change before and after, of a repeated frame
+
+
+class BadRun(ValueError):
+    """A run of frames that cannot be used, in a file that may have others."""
+
+
+def stride_of(fps):
+    """k, whose every k-th frame of a file is nearest to 16 a second; 1 for 24 fps, also where a header says 24.01."""
+    return max(1, math.ceil(fps / FPS - 0.53))
+
+
+def check_rate(path, rate, k, rates):
+    if not rates[0] <= rate <= rates[1]:
+        raise ValueError(f"{path}: expected {rates[0]:.4g} to {rates[1]:.4g} frames per second, or a multiple, "
+                         f"got {rate * k:.4g}, which are {rate:.4g} with stride {k}")
+
+
+def break_in(small):
+    """What breaks the motion of consecutive frames, uint8 SMALL and grey: ("a cut", i), before frame i + 1, or None."""
+    change = np.abs(np.diff(np.stack(small).astype(np.float32), axis=0)).mean(axis=(1, 2))
+    for i, now in enumerate(change):
+        before, after = (part.max(initial=0) for part in (change[max(0, i - 3) : i], change[i + 1 : i + 4]))
+        if now > max(CUT, CUT_RATIO * max(before, after)):
+            return "a cut", i
+        if min(before, after) > STILL and now < STILL_RATIO * min(before, after):
+            return "a repeated frame", i
+    return None
+
+
+def read_run(path, frames, size, place=0.0, start=None, crop=None, stride=None, rates=RATES):
+    """read_clip's x as uint8, its speed, and the share of the picture that `size` keeps."""
+    with open_video(path) as (container, stream):
+        fps, aspect = frame_rate(stream), float(stream.sample_aspect_ratio or 1)
+        k = stride or stride_of(fps)
+        check_rate(path, fps / k, k, rates)
+        drawn = start is None
+        if drawn:
+            start = place * max(0.0, full_duration(container, stream) - ((frames - 1) * k + 1) / fps)
+        due = first = max(0.0, start - 0.5 / fps)  # the frame nearest to start
+        clip, times, shown, small = [], [], [], []
+        for t, frame in timed_frames(path, container, stream, first):
+            if t < first:
+                continue
+            if drawn:
+                small.append(frame.reformat(*SMALL, "gray", interpolation=Interpolation.AREA).to_ndarray())
+                shown.append(t)
+            if t >= due:
+                H, W = upright_size(frame, aspect)
+                top, left, h, w = crop or (0, 0, H, W)
+                if top + h > H or left + w > W:
+                    raise ValueError(f"{path}: expected a crop [top, left, height, width] in {H} x {W}, got {crop}")
+                clip.append(to_pixels(frame, size, crop, aspect))
+                times.append(t)
+                due = t + (k - 0.5) / fps  # by time: one that is missing in between does no harm
+            if len(clip) == frames:
+                break
+    if len(clip) < frames:
+        raise (BadRun if start else ValueError)(
+            f"{path}: has {len(clip)} frames at {fps / k:.4g} fps after {start:.2f} s, {frames} needed")
+    steps = np.diff(times)
+    if abs(steps / steps.mean() - 1).max() > UNEVEN:
+        raise BadRun(f"{path}: its frames after {start:.2f} s are {steps.min():.3f} to {steps.max():.3f} s apart")
+    check_rate(path, 1 / steps.mean(), k, rates)
+    if drawn and (found := break_in(small)):
+        raise BadRun(f"{path}: {found[0]} at {shown[found[1] + 1]:.2f} s")
+    ratio = (h / w) / (size[0] / size[1])
+    return torch.stack(clip, dim=1), float(1 / steps.mean() / FPS), min(ratio, 1 / ratio)
+
+
+def read_clip(path, frames, size, place=0.0, start=None, crop=None, stride=None):
+    """Read a run of native frames: x [3, T, H, W] in [-1, 1], and speed: flow of x times speed is px per 1/16 s.
+
+    frames: T, 2 or more. size: (H, W), covered and centre-cropped; the sample aspect ratio is applied. place: which
+    run, 0 the first to 1 the last; no more than it needs is decoded. start: seconds of its first frame, instead of
+    place. crop: (top, left, height, width) of the upright picture in square pixels. stride: k, default stride_of.
+    Raises ValueError, one line naming the file: as read_video, a rate that is not in RATES, uneven time stamps, and
+    with place, not with start, a cut or a repeated frame.
+    """
+    x, speed, _ = read_run(path, frames, size, place, start, crop, stride)
+    return to_float(x), speed
+
+
+def read_clip_list(path, frames):
+    """Clips [(file, start, crop, stride, play)] of a list's lines that have `frames`; play: seconds start may move on.
+
+    A line is {"file": absolute or relative to the list, "start": seconds, "frames": n, every "stride"-th of the file's
+    "fps", "crop": [top, left, height, width] or absent}; other keys are ignored. Raises ValueError for a bad line.
+    """
+    clips, most = [], 0
+    lines = [line for line in enumerate(Path(path).read_text("utf-8", "replace").splitlines(), 1) if line[1].strip()]
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+            file, start, n, fps, k = (row[key] for key in ("file", "start", "frames", "fps", "stride"))
+            file, crop = Path(path).parent / file, row.get("crop")
+            good = 0 <= start < 1e6 and 0 < fps < 1e3 and isinstance(n, int) and isinstance(k, int) and n > 0 < k
+            good = good and (crop is None or len(crop) == 4 and min(crop[:2]) >= 0 and min(crop[2:]) >= 2)
+        except (ValueError, TypeError, KeyError):
+            good = False
+        if not good:
+            raise ValueError(f'{path}, line {number}: expected {{"file": ..., "start": seconds, "frames": n, "fps": f, '
+                             f'"stride": k, "crop": [top, left, height, width]}}, got {line[:80]!r}')
+        most = max(most, n)
+        if n >= frames:
+            clips.append((file, start, crop, k, (n - frames) * k / fps))
+    if not clips:
+        raise ValueError(f"expected clips of {frames} frames or more in {path}, its {len(lines)} have {most} at most")
+    if len(clips) < len(lines):
+        print0(f"{path}: {len(lines) - len(clips)} of {len(lines)} clips are passed over, shorter than {frames} frames")
+    return clips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Real clips, decoded by workers ahead of the step
+
+TURNS = 8        # other runs of a file that are tried if none of the first can be used
+LOOKED_AT = 100  # clips, before it is told how many lose most of their picture
 
 
 class RealClips(Dataset):
-    """(cycle, index) -> uint8 [3, T, H, W] of a random real clip, or None, and why files were skipped."""
+    """(cycle, index) -> read_run of a random real clip and its file, or None; and [(file, why it was passed over)]."""
 
-    def __init__(self, files, frames, size, seed):
-        self.files, self.frames, self.size, self.seed = files, frames, size, seed
+    def __init__(self, clips, frames, size, seed, rates):
+        self.clips, self.frames, self.size, self.seed, self.rates = clips, frames, size, seed, rates
 
     def __getitem__(self, key):
         cycle, index = key
         place = Draw(self.seed, cycle, "real", [index]).uniform("place").item()
-        seed, skipped = seed_of(self.seed, cycle, index, "file"), []
-        if not self.files:
+        seed, passed = seed_of(self.seed, cycle, index, "file"), []
+        if not self.clips:
             from toy.world import clip
             x = clip(seed, motion_rich=True).pixels[0]
             first = int(place * (x.shape[1] - self.frames + 1))
-            return to_bytes(x[:, first : first + self.frames]), skipped
-        for i in torch.randperm(len(self.files), generator=torch.Generator().manual_seed(seed)).tolist():
-            try:
-                x, fps = read_video(self.files[i], self.frames, self.size, FPS, place)
-                if fps > 0.9 * FPS:  # slower ones would repeat frames: flow that is zero every other time
-                    return to_bytes(x), skipped
-                skipped.append(f"{self.files[i]}: has {fps:.3g} frames per second, {FPS} needed")
-            except (ValueError, OSError) as error:
-                skipped.append(str(error))
-        return None, skipped
+            x = x[:, first : first + self.frames].add(1).mul(127.5).round().byte()  # as a file would hold it
+            return (x, 1.0, 1.0, ""), passed
+        order = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(seed)).tolist()
+        for turn in range(TURNS):
+            again, at = [], (place + 0.618 * turn) % 1
+            for i in order:
+                file, start, crop, stride, play = self.clips[i]
+                start = None if start is None else start + at * play
+                try:
+                    clip = read_run(file, self.frames, self.size, at, start, crop, stride, self.rates)
+                    return (*clip, str(file)), passed
+                except (ValueError, OSError) as error:
+                    passed.append((str(file), str(error)))
+                    again += [i] * isinstance(error, BadRun)
+            order = again
+        return None, passed
 
 
-def to_bytes(x):
-    """[-1, 1] -> uint8, as a file would hold it: a quarter of the shared memory between workers and step."""
-    return x.add(1).mul(127.5).round().byte()
+def collate(items):
+    """Clips [B, 3, T, H, W], speed [B], {file: share kept}, or None for these if a clip is missing; [(file, why)]."""
+    clips, passed = zip(*items)
+    passed = list(itertools.chain(*passed))
+    if None in clips:
+        return None, None, None, passed
+    x, speed, kept, files = zip(*clips)
+    return torch.stack(x), torch.tensor(speed), dict(zip(files, kept)), passed
 
 
-def real_clips(videos, keys, frames, size, seed, workers):
-    """Yield batches of real clips [B, 3, T, H, W], one for each list of (cycle, index) in keys, decoded ahead.
+def real_clips(videos, keys, frames, size, seed, workers, latent=False):
+    """Batches of real clips, an iterator: for each list of (cycle, index) in keys x, speed, decoded ahead.
 
-    videos: a folder; "": clips of the toy world. A file that cannot be used is named, once per rank, and passed over;
-    ValueError if none can be used.
+    x: uint8 [B, 3, T, H, W], pinned where there is CUDA: a quarter of the bytes. speed: [B], as read_clip's.
+    videos: a folder; a list of clips (read_clip_list); "": the toy world. latent: there is no flow to bring to one
+    speed, so files must be within 5 % of 16 frames per second, or of a multiple.
+    What cannot be used is passed over, each file named once per rank; ValueError if a clip finds none that can.
     """
-    files, named = (video_files(videos) if videos else []), set()
     if not videos and (size != (64, 64) or frames > 17):
         raise ValueError("expected 64 x 64 and at most 17 frames, the toy world's real clips, got "
                          f"{size[0]} x {size[1]} x {frames}: give --videos for other sizes")
-    clips = RealClips(files, frames, size, seed)
-    for batch in DataLoader(clips, batch_sampler=keys, collate_fn=list, num_workers=workers):
-        for line in dict.fromkeys(line for _, skipped in batch for line in skipped if line not in named):
-            named.add(line)
-            tqdm.write(f"skipped: {line} ({len(named)} of {len(files)} files)")
-        if any(x is None for x, _ in batch):
-            raise ValueError(f"expected videos of at least {frames / FPS:.2f} s in {videos}, "
-                             f"none of {len(files)} can be used")
-        yield torch.stack([x for x, _ in batch]).float().div(127.5).sub(1)
+    rates, clips = RATES, []
+    if videos and latent:
+        rates = 0.95 * FPS, 1.05 * FPS
+        print0(f"without flow, only videos within 5 % of a multiple of {FPS} frames per second are taken")
+    if videos:
+        clips = read_clip_list(videos, frames) if Path(videos).is_file() else [
+            (path, None, None, None, 0.0) for path in video_files(videos)]
+    loader = DataLoader(RealClips(clips, frames, size, seed, rates), batch_sampler=keys, num_workers=workers,
+                        collate_fn=collate, pin_memory=torch.cuda.is_available())
+    return usable(loader, videos, frames, size, min(LOOKED_AT, sum(map(len, keys))))
+
+
+def usable(loader, videos, frames, size, looked_at):
+    """Yield a loader's x and speed; name what was passed over, and tell once how many lose most of their picture."""
+    runs, shares, seen = Counter(), {}, 0
+    for x, speed, kept, passed in loader:
+        for file, why in passed:
+            runs[file] += 1
+            if runs[file] == 1:
+                tqdm.write(f"skipped: {why} ({runs.total()} runs of {len(runs)} files so far)")
+        if x is None:
+            raise ValueError(f"expected videos of {frames} frames or more in {videos}, "
+                             f"none of {len(loader.dataset.clips)} can be used")
+        before, seen = seen, seen + len(x)
+        shares.update(kept)
+        lost = sum(share < 0.5 for share in shares.values())
+        if before < looked_at <= seen and lost:
+            print0(f"{lost} of the first {len(shares)} videos, such as portrait ones, keep less than half of their "
+                   f"picture in {size[0]} x {size[1]}")
+        yield x, speed
