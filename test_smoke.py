@@ -49,6 +49,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 import checkpoint
 import cli
 import cost
+import curate
 import eval as scores
 import flow_viz
 import metrics
@@ -1683,6 +1684,19 @@ def test_cost_tells_what_wan_needs(capsys):
     with pytest.raises(SystemExit):
         cost.main(["--preset", "wan1.3b", "--ranks", "12", "--shard", "8"])
     assert capsys.readouterr().err == "cost.py: expected --ranks that --shard 8 divides, got 12\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curate.py
+
+
+def test_curate_names_what_it_cannot_use(tmp_path, capsys):
+    write_video(tmp_path / "in" / "frozen.mp4", torch.zeros(3, 20, 64, 96), 16)
+    (tmp_path / "in" / "text.mp4").write_text("no video")
+    with pytest.raises(SystemExit):
+        curate.main([str(tmp_path / "in"), "--out", str(tmp_path / "clips.jsonl"), "--frames", "17"])
+    told = capsys.readouterr()
+    assert "1 files cannot be used" in told.out and "got none in 2 files" in told.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -348,7 +348,7 @@ def train(cfg):
         return shift_time(draw.uniform("t"), cfg.shift).clamp(T_MIN, T_MAX).to(device)
 
     def encode_motion(x, speed=1.0):
-        """Pixels, whose flow times speed is px per 1/16 s -> latents of its motion tensor, CHOICE: by the frozen VAE."""
+        """Pixels, whose flow times speed is px per 1/16 s -> latents of their motion. CHOICE: by the frozen VAE."""
         o = motion_tensor(video_flow(raft, x, cfg.raft_iters) * speed, cfg.flow_scale)
         return vae.encode(o, LATENTS_PER_PASS)
 
