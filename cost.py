@@ -151,6 +151,7 @@ def counted(cfg, device="meta"):
     dit, flow = model.CONFIGS[cfg.preset], raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]
     clip = cfg.micro_batch, 3, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, cfg.height, cfg.width
     count, nets, loaded, optimizers, updates, base = Count(), [], [], [], [], []
+    clips = torch.zeros(clip, dtype=torch.uint8, device=device)
     load_networks, mocked = train.load_networks, mock.MagicMock
 
     def adamw(*_, **__):
@@ -187,8 +188,8 @@ def counted(cfg, device="meta"):
         "load_vae": lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False),
         "load_raft": lambda _: raft.RAFT(flow).requires_grad_(False),
         "encode_prompts": lambda *_, **__: lambda texts: torch.zeros(len(texts), dit.text_len, dit.text_dim),
-        "real_clips": lambda *_: (torch.zeros(clip, device=device) for _ in itertools.count()),
-        "setup": lambda _: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
+        "real_clips": lambda *_: itertools.repeat((clips, torch.ones(len(clips)))),
+        "setup": lambda *_, **__: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
         "checkpoint": mocked(start_of=lambda *_: 0, live_state=checkpoint.live_state, Log=begin)}
     with (mock.patch.multiple(train, **stand_ins), mock.patch.object(torch.optim, "AdamW", adamw),
           mock.patch.object(torch.nn.utils, "clip_grad_norm_"),

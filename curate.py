@@ -27,10 +27,8 @@ import json
 import math
 import os
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import av
@@ -38,11 +36,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import Interpolation
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cli import expect, fail, one_line
 from report import write_page
-from video import FPS, TOLERANCE, frame_rate, open_video, timed_frames, video_files
+from video import (FPS, RATES, TOLERANCE, UNEVEN, check_rate, frame_rate, open_video, stride_of, timed_frames,
+                   upright_size, video_files)
 
 SIZE = 480, 832          # of the frames that motion is counted in
 MIN_MOTION = 5.6         # px of SIZE per 1/16 s: VBench's 6 * 480 / 256 px per 1/8 s, above which a clip is dynamic
@@ -57,9 +57,7 @@ FADE, FADE_BEND = 8, .3  # mean change of level over the span, and distance of t
 STILL = 0.25             # ffmpeg's freezedetect, -60 dB of 255 levels; here of the cells that change most
 REPEAT = 0.2             # CHOICE: a frame that changes less than this share of those before and after repeats
 COMB, COMB_EVERY = 1.2, 3  # CHOICE: see `comb`; progressive pictures reach 0.9, grain 1. Telecine combs 2 frames of 5
-UNEVEN = 0.1             # CHOICE: of the frame interval, how far a time stamp may be off
 BAR = 24                 # ffmpeg's cropdetect: mean level of a row or column that is bar
-MIN_FPS = 0.75 * FPS     # CHOICE: as far below 16 as the coarsest stride leads (25 frames per second: 12.5)
 SHOWN, STILLS = 12, 6    # clips in each part of the page, and pictures of a clip
 
 
@@ -144,12 +142,6 @@ def camera_share(flow, places):
 # One file: measure every frame, name what is wrong with it, divide what is left into clips
 
 
-def upright_size(frame, stream):
-    """(H, W) of a decoded frame as it is to be shown: its width scaled to square pixels, then turned."""
-    size = frame.height, round(frame.width * float(stream.sample_aspect_ratio or 1))
-    return size[:: -1 if frame.rotation % 180 else 1]
-
-
 def upright(frame, H, W):
     """A decoded frame as uint8 RGB [H, W, 3], turned as it is to be shown."""
     h, w = (W, H) if frame.rotation % 180 else (H, W)
@@ -168,13 +160,13 @@ def measure(path, frames):
     try:
         with open_video(path) as (container, stream):
             stream.codec_context.thread_count = 1  # one core a file
-            m["fps"] = fps = frame_rate(stream)
-            expect(fps >= MIN_FPS, f"{MIN_FPS:g} frames per second in {path}", f"{fps:.3g}")
-            m["stride"] = stride = max(1, math.ceil(fps / FPS - 0.5))  # the nearest; 24 goes with 23.976
+            fps, aspect = frame_rate(stream), float(stream.sample_aspect_ratio or 1)
+            m["fps"], m["stride"] = fps, stride = fps, stride_of(fps)
+            check_rate(path, fps / stride, stride, RATES)
             m["span"], m["reach"] = span, reach = (frames - 1) * stride + 1, max(2, round(fps * FADE_SPAN / 2))
             for i, (time, frame) in enumerate(timed_frames(path, container, stream, 0.0)):
-                m["size"] = size = size or upright_size(frame, stream)
-                expect(upright_size(frame, stream) == size, f"one size of frames in {path}", f"another at {time:.2f} s")
+                m["size"] = size = size or upright_size(frame, aspect)
+                expect(upright_size(frame, aspect) == size, f"one size of frames in {path}", f"another at {time:.2f} s")
                 rgb = upright(frame, *(CELL * max(4, round(SMALL * n / max(size) / CELL)) for n in size))
                 luma, colour = rgb @ np.float32([0.299, 0.587, 0.114]), hsv(rgb[::2, ::2])
                 before, colour_before = recent[-1] if recent else (luma, colour)
@@ -229,7 +221,9 @@ def within_bars(levels, side):
     """(first, size) in pixels of what black bars leave of a side, from the mean levels [frames, n] across it."""
     n = levels.shape[1]
     lit = np.flatnonzero(levels.max(axis=0) > BAR)
-    first, end = (lit[0], lit[-1] + 1) if len(lit) else (0, n)
+    first, end = lit.min(initial=n), lit.max(initial=0) + 1
+    if end - first < n / 8:  # a spark in the dark is no picture
+        first, end = 0, n
     first, end = first + (first > 0), end - (end < n)  # the outermost may be half bar
     first, end = math.ceil(first * side / n), int(end * side / n)
     return first, end - first
@@ -289,9 +283,10 @@ def examine(path, frames):
         if m["time"]:
             record["clips"], lost = clips_of(m)
             record["lost"] = {why: round(n / m["fps"], 3) for why, n in lost.items() if n}
+            record["error"] += f"; used up to {m['time'][-1]:.2f} s" if m["error"] else ""
     except Exception as error:  # one file, whatever is wrong with it, must not end a night's work
-        record["error"] = f"{path}: {type(error).__name__}: {error}".splitlines()[0]
-    record["error"] = record["error"].encode(errors="replace").decode()  # a file's name need not be text
+        record["error"] = f"{path}: {type(error).__name__}: {error}"
+    record["error"] = " ".join(record["error"].encode(errors="replace").decode().split())  # names need be no text
     return record
 
 
@@ -299,24 +294,24 @@ def examine(path, frames):
 # Many files: records, list, table, page
 
 
+def with_index(function, item):
+    return item[0], function(item[1])
+
+
 def in_parallel(function, jobs, workers, label):
-    """Yield function(*job) of every job, as they come from `workers` processes, under a progress bar."""
-    bar = dict(total=len(jobs), desc=label, dynamic_ncols=True)
-    if min(workers, len(jobs)) < 2:
-        yield from tqdm((function(*job) for job in jobs), **bar)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:  # a fork may inherit a lock of torch's, held
-        futures = {pool.submit(function, *job): job for job in jobs}
-        try:
-            for future in tqdm(as_completed(list(futures)), **bar):
-                yield future.result()
-                del futures[future]
-        except BrokenProcessPool:
-            at = ", ".join(str(job[0]) for job in itertools.islice(futures.values(), workers + 1))
-            raise ValueError("a process died, out of memory or by a damaged file: run this again to go on, with fewer "
-                             f"--workers or without the file, perhaps one of {at}") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Yield function(job) of every job, as they come from `workers` processes, under a progress bar."""
+    left = dict(enumerate(jobs))
+    # DataLoader's processes, unlike those of a pool, end when this one is killed.
+    loader = DataLoader(list(left.items()), None, collate_fn=partial(with_index, function), in_order=False,
+                        num_workers=min(workers, len(jobs)) if workers > 1 else 0)
+    try:
+        for i, result in tqdm(loader, label, dynamic_ncols=True):
+            del left[i]
+            yield result
+    except RuntimeError:
+        at = ", ".join(str(job) for job in itertools.islice(left.values(), workers))
+        raise ValueError("a process died, out of memory or by a damaged file: run this again to go on, with fewer "
+                         f"--workers or without the file, perhaps one of {at}") from None
 
 
 def read_records(path):
@@ -365,7 +360,8 @@ def strip(clip):
         timed = timed_frames(clip["file"], container, stream, clip["start"])
         shown = (frame for t, frame in timed if t >= clip["start"] - TOLERANCE)
         for frame in itertools.islice(shown, 0, length, max(1, (length - 1) // (STILLS - 1))):
-            x = upright(frame, *(round(n * z) for n in upright_size(frame, stream)))
+            size = upright_size(frame, float(stream.sample_aspect_ratio or 1))
+            x = upright(frame, *(round(n * z) for n in size))
             pictures.append(x[round(top * z) :, round(left * z) :][:128, : round(width * z)])
     image = np.concatenate(pictures[:STILLS], axis=1)
     image = np.ascontiguousarray(image[: len(image) // 2 * 2, : image.shape[1] // 2 * 2])
@@ -385,7 +381,7 @@ def write_contact_sheet(path, records, args):
     parts = {"Most motion": listed[:SHOWN], "Middling": listed[middle : middle + SHOWN], "Least": listed[-SHOWN:],
              "Left out, under --min_motion": still[:SHOWN]}
     shown = {(clip["file"], clip["start"]): clip for part in parts.values() for clip in part}
-    pictures = dict(in_parallel(strip, [(clip,) for clip in shown.values()], args.workers, "pictures"))
+    pictures = dict(in_parallel(strip, list(shown.values()), args.workers, "pictures"))
     page = ["<!doctype html><meta charset=utf-8><title>Clips</title><style>img{max-width:100%}</style>"]
     for name, part in parts.items():
         page.append(f"<h2>{name}</h2>")
@@ -408,13 +404,13 @@ def curate(args):
     if old:
         print(f"{len(old)} of {len(files)} files are known from {log}")
     with open(log, "ab") as out:
-        jobs = [(file, args.frames) for file in files if str(file) not in old]
-        for record in in_parallel(examine, jobs, args.workers, "files"):
+        jobs = [file for file in files if str(file) not in old]
+        for record in in_parallel(partial(examine, frames=args.frames), jobs, args.workers, "files"):
             out.write(b"\n" + json.dumps(record).encode())  # a killed run may have left half a line
             out.flush()
             old[record["file"]] = record
             if record["error"]:
-                tqdm.write(f"skipped{' from there on' * bool(record['clips'])}: {record['error']}")
+                tqdm.write(f"skipped: {record['error']}")
     records = [old[str(file)] for file in files]
     lines = []
     for record in records:

@@ -1690,13 +1690,86 @@ def test_cost_tells_what_wan_needs(capsys):
 # curate.py
 
 
+def moving_square(seed, speed=3, pan=0):
+    """A square of one texture on another, [3, 40, 96, 160]; speed and pan in pixels a frame."""
+    noise = torch.randn(2, 3, 12, 20, generator=torch.Generator().manual_seed(seed))
+    back, square = F.interpolate(noise, (96, 160), mode="bicubic").mul(0.4).clamp(-0.9, 0.9)
+    frames = [back.roll(pan * t, 2) for t in range(40)]
+    for t, frame in enumerate(frames):
+        frame[:, 30:66, 8 + speed * t % 116 :][..., :36] = square[:, :36, :36]
+    return torch.stack(frames, dim=1)
+
+
+X, Y, RAMP = moving_square(0), moving_square(1, 6), ((torch.arange(40) - 14) / 12).clamp(0, 1).view(-1, 1, 1)
+BARS = F.pad(X[:, :, 16:-16], [0, 0, 16, 16], value=-0.9)
+KINDS = {  # frames, their rate, how many clips of 17 are in them, and what most of the rest is lost to
+    "plain": (X, 24, 2, "the rest of a run"), "pan": (moving_square(0, 0, 2), 24, 2, "the rest of a run"),
+    "letterbox": (BARS, 24, 2, "the rest of a run"),
+    "pillarbox": (F.pad(X[..., 20:-20], [20, 20], value=-0.9), 24, 2, "the rest of a run"),
+    "cut": (torch.cat([X[:, :20], Y[:, :20]], 1), 24, 2, "the rest of a run"),
+    "two cuts": (torch.cat([X[:, :15], Y[:, :15], X[:, 30:]], 1), 24, 0, "cut"),
+    "dissolve": (X.lerp(Y, RAMP), 24, 0, "fade or dissolve"),
+    "fade": (X.lerp(torch.full_like(X, -1), RAMP), 24, 0, "fade or dissolve"),
+    "slides": (torch.cat([X[:, :1], Y[:, :1]], 1).repeat_interleave(20, 1), 24, 0, "repeated frames"),
+    "telecine": (X[:, [t * 4 // 5 for t in range(40)]], 30, 0, "repeated frames"),
+    "on twos": (X[:, [t // 2 for t in range(40)]], 24, 0, "repeated frames"),
+    "frozen": (X[:, [min(t, 12) for t in range(40)]], 24, 0, "repeated frames"),
+    "combed": (torch.stack([X[:, :-1, ::2], X[:, 1:, 1::2]], 3).flatten(2, 3), 24, 0, "interlaced")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_curate_tells_the_kinds_apart(kind, tmp_path):
+    x, fps, count, rest = KINDS[kind]
+    write_video(tmp_path / "x.mp4", x, fps)
+    record = curate.examine(tmp_path / "x.mp4", 17)
+    assert [clip["frames"] for clip in record["clips"]] == count * [17], record
+    assert max(record["lost"], key=record["lost"].get) == rest, record
+    edges = {"letterbox": [16, 0, 80, 160], "pillarbox": [0, 20, 96, 140]}.get(kind, [0, 0, 96, 160])
+    for clip, step in zip(record["clips"], {"pan": (2, 2), "cut": (3, 6)}.get(kind, (3, 3))):
+        top, left, height, width = clip["crop"]
+        lost = np.subtract([top, left, top + height, left + width], edges) * [1, 1, -1, -1]
+        assert lost.min() >= 0 and lost.max() <= 4  # no bar, and little of the picture besides
+        assert clip["motion"] == pytest.approx(step * max(480 / height, 832 / width) * 24 / 16, rel=0.15)
+        assert clip["camera"] > 0.75 if kind == "pan" else clip["camera"] < 0.1
+    if kind == "cut":
+        assert [clip["start"] for clip in record["clips"]] == pytest.approx([0, 21 / 24], abs=1e-3)
+
+
+def test_curate_goes_on_and_its_list_is_read(tmp_path, capsys):
+    for name, x in ("a", X), ("deep/b", BARS), ("still", X[:, :1].expand_as(X)):
+        write_video(tmp_path / f"{name}.mp4", x, 24)
+    out = {suffix: tmp_path / "new" / f"clips{suffix}" for suffix in (".jsonl", ".files", ".html")}
+    run = [str(tmp_path), "--out", str(out[".jsonl"]), "--frames", "17", "--workers"]
+    curate.main([*run, "2"])
+    made, records = out[".jsonl"].read_bytes(), out[".files"].read_bytes().split(b"\n")
+    assert len(made.splitlines()) == 4 and out[".html"].read_text().count("data:image") == 3 * 4
+    out[".files"].write_bytes(b"\n".join([*records[:3], records[3][:50]]))  # as a killed run leaves it
+    curate.main([*run, "1"])
+    assert "2 of 3 files are known" in capsys.readouterr().out and out[".jsonl"].read_bytes() == made
+    for file, start, crop, stride, _ in read_clip_list(out[".jsonl"], 17):
+        x, speed = read_clip(file, 17, (48, 80), start=start, crop=crop, stride=stride)
+        assert speed == pytest.approx(1.5, abs=0.01) and x.mean((0, 1, 3)).min() > -0.6  # no bar is left
+    curate.main([*run, "1", "--per_file", "1"])
+    assert len(out[".jsonl"].read_bytes().splitlines()) == 2
+
+
 def test_curate_names_what_it_cannot_use(tmp_path, capsys):
-    write_video(tmp_path / "in" / "frozen.mp4", torch.zeros(3, 20, 64, 96), 16)
+    write_video(tmp_path / "in" / "slow.mp4", X[:, :12], 8)
+    write_video(tmp_path / "in" / "half.mp4", X, 24)
+    data = bytearray((tmp_path / "in" / "half.mp4").read_bytes())
+    at = len(data) * 3 // 4
+    data[at : at + 500] = bytes(255 - b for b in data[at : at + 500])
+    (tmp_path / "in" / "half.mp4").write_bytes(data)
     (tmp_path / "in" / "text.mp4").write_text("no video")
+    (tmp_path / "in" / "gone\n.mp4").symlink_to("nowhere")
     with pytest.raises(SystemExit):
-        curate.main([str(tmp_path / "in"), "--out", str(tmp_path / "clips.jsonl"), "--frames", "17"])
+        flags = tmp_path / "in", "--out", tmp_path / "clips.jsonl", "--frames", 17, "--min_motion", 99
+        curate.main([str(flag) for flag in flags])
     told = capsys.readouterr()
-    assert "1 files cannot be used" in told.out and "got none in 2 files" in told.err
+    assert "4 files cannot be used, 1 of them" in told.out and "got none in 4 files" in told.err
+    for part in "slow.mp4: expected 11 to 25", "text.mp4: no video", "gone .mp4: cannot be read", "; used up to":
+        assert part in told.out
+    assert not (tmp_path / "clips.jsonl").exists() and "half.mp4" in (tmp_path / "clips.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
