@@ -187,8 +187,9 @@ def counted(cfg, device="meta"):
         "load_vae": lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False),
         "load_raft": lambda _: raft.RAFT(flow).requires_grad_(False),
         "encode_prompts": lambda *_, **__: lambda texts: torch.zeros(len(texts), dit.text_len, dit.text_dim),
-        "real_clips": lambda *_: (torch.zeros(clip, device=device) for _ in itertools.count()),
-        "setup": lambda _: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
+        "real_clips": lambda *_: ((torch.zeros(clip, dtype=torch.uint8, device=device), torch.ones(cfg.micro_batch))
+                                  for _ in itertools.count()),
+        "setup": lambda *_, **__: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
         "checkpoint": mocked(start_of=lambda *_: 0, live_state=checkpoint.live_state, Log=begin)}
     with (mock.patch.multiple(train, **stand_ins), mock.patch.object(torch.optim, "AdamW", adamw),
           mock.patch.object(torch.nn.utils, "clip_grad_norm_"),
@@ -240,7 +241,7 @@ def plan(cfg, ranks, share):
     waiting = (cfg.fake_updates * math.ceil(each / B) - one.fake_updates) * z0  # rollouts, for the discriminator
     peaks, work = {}, {}
     for key, peak, done in updates:
-        times = {"fake": each, "gan_d": clips}.get(key, each) / B
+        times = {"fake": each * fakes, "gan_d": clips}.get(key, each) / B
         peaks[key] = peak + waiting * (key != "dmd")
         work[key] = Counter({kind: amount * times for kind, amount in done.items()})
     return held(cfg, share, nets, optimizers, frozen), peaks, work
