@@ -151,7 +151,6 @@ def counted(cfg, device="meta"):
     dit, flow = model.CONFIGS[cfg.preset], raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]
     clip = cfg.micro_batch, 3, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, cfg.height, cfg.width
     count, nets, loaded, optimizers, updates, base = Count(), [], [], [], [], []
-    clips = torch.zeros(clip, dtype=torch.uint8, device=device)
     load_networks, mocked = train.load_networks, mock.MagicMock
 
     def adamw(*_, **__):
@@ -188,9 +187,11 @@ def counted(cfg, device="meta"):
         "load_vae": lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False),
         "load_raft": lambda _: raft.RAFT(flow).requires_grad_(False),
         "encode_prompts": lambda *_, **__: lambda texts: torch.zeros(len(texts), dit.text_len, dit.text_dim),
-        "real_clips": lambda *_: itertools.repeat((clips, torch.ones(len(clips)))),
+        "real_clips": lambda *_: ((torch.zeros(clip, dtype=torch.uint8, device=device), torch.ones(cfg.micro_batch))
+                                  for _ in itertools.count()),
         "setup": lambda *_, **__: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
         "checkpoint": mocked(start_of=lambda *_: 0, live_state=checkpoint.live_state, Log=begin)}
+    stand_ins = {name: value for name, value in stand_ins.items() if hasattr(train, name)}  # a hack may do without
     with (mock.patch.multiple(train, **stand_ins), mock.patch.object(torch.optim, "AdamW", adamw),
           mock.patch.object(torch.nn.utils, "clip_grad_norm_"),
           mock.patch.object(train.Draw, "choice", lambda _, what, options: options // 2),
@@ -241,7 +242,7 @@ def plan(cfg, ranks, share):
     waiting = (cfg.fake_updates * math.ceil(each / B) - one.fake_updates) * z0  # rollouts, for the discriminator
     peaks, work = {}, {}
     for key, peak, done in updates:
-        times = {"fake": each, "gan_d": clips}.get(key, each) / B
+        times = {"fake": each * fakes, "gan_d": clips}.get(key, each) / B
         peaks[key] = peak + waiting * (key != "dmd")
         work[key] = Counter({kind: amount * times for kind, amount in done.items()})
     return held(cfg, share, nets, optimizers, frozen), peaks, work

@@ -1641,13 +1641,13 @@ def test_cost_is_what_a_cpu_allocates_and_computes(monkeypatch, flags):
 
 
 def test_cost_multiplies_to_a_whole_cycle(monkeypatch):
-    cfg = toy_cycle(batch=4, discriminator_batch=8, fake_updates=2)
+    cfg = toy_cycle(batch=4, discriminator_batch=8, fake_updates=4)
     parts, peaks, work = cost.plan(cfg, 1, 1)
     *_, updates = cost.counted(cfg)
     for key in cost.UPDATES:
         whole = [(peak, flop(done), done["memory"]) for name, peak, done in updates if name == key]
         peak, operations, moved = max(row[0] for row in whole), *(sum(row[i] for row in whole) for i in (1, 2))
-        assert abs(peaks[key] / peak - 1) < 0.01 and abs(work[key]["memory"] / moved - 1) < 0.01, (key, peaks, peak)
+        assert abs(peaks[key] / peak - 1) < 4e-3 and abs(work[key]["memory"] / moved - 1) < 0.01, (key, peaks, peak)
         assert flop(work[key]) == operations
     half, _, shared = cost.plan(cfg, 2, 2)
     assert flop(shared["dmd"]) == flop(work["dmd"]) / 2
@@ -1674,7 +1674,7 @@ def test_cost_tells_what_wan_needs(capsys):
     told = capsys.readouterr().out
     assert "fp32: 1419 M + 1419 M + 1419 M + 818 M" in told and "dmd warmup" not in told
     peak = float(re.search(r"([\d.]+) GiB  at the peak, generator, flow GAN; .*: cards of 48 GB", told)[1])
-    assert 35 < peak < 39
+    assert 36 < peak < 37.8
     # Five calls forward, of which one is recomputed and has a backward of 2.5 times that: 8.5 in all.
     tokens, text, width, layers = 21 * 30 * 52, 512, 1536, 30
     attention = 8.5 * 4 * layers * width * tokens * (tokens + text) / 1e12
