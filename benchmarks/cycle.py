@@ -1,8 +1,8 @@
 """A MoGAN cycle of the toy preset on two processes: this checkout against another one, same seed, same losses.
 
-    git worktree add ../before f333d91 && python benchmarks/cycle.py --base ../before
+    git worktree add ../before COMMIT && python benchmarks/cycle.py --base ../before      # one with the same flags
 
-The last lines say where the time of a cycle goes, before and now.
+The last lines say where the time of a cycle goes, before and now. An optimizer's step counts with the next update.
 """
 
 import json
@@ -16,24 +16,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 FLAGS = "--preset toy --samples 0 --fake_warmup 1 --discriminator_warmup 1 --save_every 1000".split()
-UPDATES = "generator, DMD", "fake score", "generator, flow GAN", "discriminator"
+UPDATES = {"dmd": "generator, DMD", "fake": "fake score", "gan_g": "generator, flow GAN", "gan_d": "discriminator"}
 
 
 def clocked_training():
     """train.py of the checkout in the working folder; each update's seconds go to clock.jsonl beside its log."""
     sys.path[0] = os.getcwd()
     import train
-    update, mark = train.update, [time.perf_counter()]
+    global_means, mark = train.global_means, [time.perf_counter()]
+    path = Path(sys.argv[sys.argv.index("--out") + 1]) / "clock.jsonl"
 
-    def clocked(cfg, name, net, optimizer, sums, bad):
-        figures = update(cfg, name, net, optimizer, sums, bad)
-        label = {"fake_score": UPDATES[1], "discriminator": UPDATES[3]}.get(name, UPDATES[2 * ("gan_g" in sums)])
-        if train.rank() == 0:
-            with open(Path(cfg.out) / "clock.jsonl", "a") as file:
-                file.write(json.dumps([label, time.perf_counter() - mark[0]]) + "\n")
+    def clocked(sums):
+        means = global_means(sums)
+        if os.environ["RANK"] == "0":
+            with open(path, "a") as file:
+                file.write(json.dumps([next(iter(sums)), time.perf_counter() - mark[0]]) + "\n")
         mark[0] = time.perf_counter()
-        return figures
-    train.update = clocked
+        return means
+    train.global_means = clocked
     train.main()
 
 
@@ -48,10 +48,10 @@ args = flags(__doc__, base="", cycles=8)
 
 def trial(tree):
     """A short run: the logged MoGAN cycles without the first, and {update: median seconds}."""
-    out = Path(tempfile.mkdtemp())
+    out = Path(tempfile.mkdtemp()) / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", Path(__file__).resolve(), *FLAGS]
-    command += ["--steps", str(args.cycles), "--out", out, "--contexts", out / "contexts"]
-    command += ["--weights", HERE / "toy" / "weights"]  # they changed as well, and with them the losses
+    command += ["--cycles", args.cycles, "--out", out]
+    command += ["--weights", HERE / "toy" / "weights"]  # a change of them would change the losses
     subprocess.run(list(map(str, command)), cwd=tree, check=True, capture_output=True)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     clock = [json.loads(line) for line in (out / "clock.jsonl").read_text().splitlines()]
@@ -68,8 +68,8 @@ for i in range(args.pairs):
     pairs.append([statistics.median(row["seconds"] for row in rows) for rows in (this, base)])
     clocks.append((now, before))
     print(f"{pairs[-1][0]:.2f} s against {pairs[-1][1]:.2f} s; losses differ by {worst:.1e} at most", flush=True)
-for name in UPDATES:
-    a, b = (statistics.median(parts[name] for parts in side) for side in zip(*clocks))
+for key, name in UPDATES.items():
+    a, b = (statistics.median(parts[key] for parts in side) for side in zip(*clocks))
     print(f"{name}: {a:.2f} s an update against {b:.2f}, {a / b:.2f} of its time")
 spread = sorted(a / b for a, b in pairs)
 print(f"RESULT toy cycle, against {args.base}: {statistics.median(spread):.2f} ({spread[0]:.2f}..{spread[-1]:.2f}) "

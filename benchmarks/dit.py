@@ -10,7 +10,8 @@ import diffusers
 import torch
 
 from compare import flags, hardware, report
-from model import load_dit, official_dit
+from model import load_dit
+from weights import official_dit
 
 args = flags(__doc__, layers=4, dim=1536, ffn=8960, frames=5, height=30, width=52)
 dtype = getattr(torch, args.dtype)

@@ -2,8 +2,8 @@
 
 Claim: at most 0.80 of the time of torchvision's raft_large, forward and with the gradient of the clip. Also against
 our own RAFT pair by pair, which shows what sharing a frame's features and batching pairs do alone. The peers keep all
-activations; ours does so too with --group 9, while --group 4, the default of training and of the forward here,
-computes them again to bound the memory.
+activations; ours does so too with --group 9, while a smaller --group computes them again to bound the memory. Without
+a gradient the group is raft.GROUP_PIXELS, as in training.
 
     pip install --no-deps --target ../peer torchvision==0.28.0    # apart: without its operators transformers breaks
     PYTHONPATH=../peer python benchmarks/flow.py
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from compare import flags, hardware, report
-from raft import GROUP, load_raft, video_flow
+from raft import load_raft, video_flow
 
 if torch.version.cuda is None:  # there the wheel's operators do not load; RAFT needs none, the import asks for two
     stubs = torch.library.Library("torchvision", "DEF")
@@ -33,7 +33,7 @@ x = torch.rand(1, 3, args.frames, args.height, args.width, device=args.device) *
 
 
 def ours(x):
-    return video_flow(raft, x, args.iters, args.group if torch.is_grad_enabled() else GROUP)
+    return video_flow(raft, x, args.iters, args.group if torch.is_grad_enabled() else None)
 
 
 def pair_by_pair(flow):

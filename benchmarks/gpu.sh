@@ -29,11 +29,10 @@ try() {
 
 # The paper's step on one card, and what each measure buys.
 try step step.py $step
-try step-no-remat step.py $step --no-remat
-try step-all-pairs step.py $step --raft_group 1000
+try step-all-pairs step.py $step --pairs 1000
 try step-no-checkpointing step.py $step --no-checkpointing
-try step-latents-1 step.py $step --latents_per_pass 1
-try step-latents-6 step.py $step --latents_per_pass 6
+try step-latents-1 step.py $step --latents 1
+try step-latents-6 step.py $step --latents 6
 try step-whole-clip step.py $step --window $window
 try step-compiled step.py $step --compile
 try step-trace step.py $step --trace 12

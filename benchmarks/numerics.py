@@ -14,9 +14,11 @@ import torch
 
 from compare import flags, hardware
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
-from model import WEIGHTS, few_step, few_step_times, load_dit, load_text_encoder, sample_noise
+from model import few_step, few_step_times, load_dit, sample_noise
 from raft import find_raft, load_raft, video_flow
+from text import load_text_encoder
 from vae import load_vae
+from weights import WEIGHTS
 
 args = flags(__doc__, preset="toy", height=64, width=64, batch=16, window=2, depth=4)
 folder = WEIGHTS[args.preset]
@@ -26,7 +28,7 @@ context, motion_context = (encode([text] * args.batch).to(args.device) for text 
 del encode
 dit, vae = load_dit(folder).requires_grad_(False).to(args.device), load_vae(folder).to(args.device)
 raft = load_raft(find_raft(folder), args.device)
-net = MotionDiscriminator(dit.cfg, args.depth, range(args.depth)).to(args.device).load_trunk(dit).requires_grad_(False)
+net = MotionDiscriminator(dit.cfg, range(args.depth)).to(args.device).load_trunk(dit).requires_grad_(False)
 shape = dit.cfg.in_dim, args.window + 2, args.height // 8, args.width // 8
 noise = sample_noise(range(args.batch), shape, 3).to(args.device)
 t = torch.zeros(args.batch, device=args.device)

@@ -14,7 +14,7 @@ import tempfile
 import diffusers
 import torch
 
-from compare import flags, hardware, report, seconds  # first: it lets the repository's cost.py go before this folder's
+from compare import flags, hardware, report, seconds
 import cost
 from model import load_dit
 from sample import decode, teacher_sample
@@ -62,5 +62,7 @@ with torch.no_grad():
                lambda: peer(steps, guidance), args, "0.95")
     t = torch.tensor([0.757], device=args.device)
     took = min(seconds(lambda: ours(noise, t, context), args.device) for _ in range(args.pairs))
-    flop = cost.dit(ours.cfg, 1, f * shape[3] * shape[4] // 4, dtype.itemsize, False).forward
+    with cost.Count() as count:
+        ours(noise, t, context)
+    flop = sum(amount for kind, amount in count.work.items() if kind != "memory")
 print(f"RESULT a DiT forward: {took:.3f} s, {flop / 1e12:.3g} TFLOP, {flop / took / 1e12:.3g} TFLOP/s")

@@ -37,14 +37,15 @@ def launch(tree, command, done):
 
 
 def trial(tree):
-    out = Path(tempfile.mkdtemp())
-    log, logged = out / "log.jsonl", lambda step: log.exists() and f'"step": {step},' in log.read_text()
-    train = ["train.py", *FLAGS, "--out", out, "--contexts", out / "contexts"]
+    folder = Path(tempfile.mkdtemp())
+    out = folder / "run"
+    log, logged = out / "log.jsonl", lambda cycle: log.exists() and f'"cycle": {cycle},' in log.read_text()
+    train = ["train.py", *FLAGS, "--out", out]
     times = {"import train": launch(tree, ["-c", "import train"], lambda: False),
-             "first logged cycle": launch(tree, [*train, "--steps", "0"], lambda: logged(0))}
-    launch(tree, [*train, "--steps", "1"], lambda: False)
-    times["resume to the next logged cycle"] = launch(tree, [*train, "--steps", "2"], lambda: logged(2))
-    shutil.rmtree(out)
+             "first logged cycle": launch(tree, [*train, "--cycles", "0"], lambda: logged(0))}
+    launch(tree, [*train, "--cycles", "1"], lambda: False)
+    times["resume to the next logged cycle"] = launch(tree, [*train, "--cycles", "2"], lambda: logged(2))
+    shutil.rmtree(folder)
     return times
 
 
