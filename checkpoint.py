@@ -70,7 +70,8 @@ def live_state(nets, optimizers, ema):
     state = {f"{name}.{key}": value for name, net in nets.items() for key, value in net.state_dict().items()}
     for name, optimizer in optimizers.items():
         for key, p in nets[name].named_parameters():
-            state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in optimizer.state[p].items()})
+            slots = optimizer.state.get(p, {})  # none of what is frozen
+            state.update({f"optimizer.{name}.{key}.{slot}": value for slot, value in slots.items()})
     return {**state, **{f"ema.{key}": value for key, value in ema.items()}}
 
 

@@ -20,7 +20,6 @@ OUT.html, clips with the most, the middling and the least motion to look at.
 
 import argparse
 import base64
-import contextlib
 import html
 import itertools
 import json
@@ -40,7 +39,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cli import expect, fail, one_line
-from report import write_page
+from report import read_jsonl, write_page
 from video import (FPS, RATES, TOLERANCE, UNEVEN, check_rate, frame_rate, open_video, stride_of, timed_frames,
                    upright_size, video_files)
 
@@ -314,15 +313,6 @@ def in_parallel(function, jobs, workers, label):
                          f"--workers or without the file, perhaps one of {at}") from None
 
 
-def read_records(path):
-    """{file: record} of the records that earlier runs left; half a line is passed over."""
-    records = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            records[json.loads(line)["file"]] = json.loads(line)
-    return records
-
-
 def verdicts(record, args):
     """Why each clip of a file stays out of the list, "" if it does not."""
     clips = record["clips"]
@@ -398,7 +388,7 @@ def curate(args):
     files = [Path(os.path.abspath(file)) for file in video_files(args.folder)]
     log, home = args.out.with_suffix(".files"), Path(os.path.abspath(args.out.parent))
     home.mkdir(parents=True, exist_ok=True)
-    old = read_records(log)  # of them, files that could not be used are tried again
+    old = {row.get("file"): row for row in read_jsonl(log)}  # of them, files that could not be used are tried again
     old = {str(file): old[str(file)] for file in files
            if dict(frames=args.frames, error="", **stamp(file)).items() <= old.get(str(file), {}).items()}
     if old:

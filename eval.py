@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import statistics
 import sys
 from datetime import timedelta
@@ -34,11 +33,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from cli import rank, world
 from metrics import FILES, FOLDER, find_file, load_metrics
 from raft import load_raft
 from report import fingerprint, printable, read_jsonl, read_run, write_report
 from sample import find_device
-from text import read_prompts
+from text import prompt_of, read_prompts
 from video import SUFFIXES, open_video, read_frames
 from weights import WEIGHTS
 
@@ -63,12 +63,6 @@ PAPER = [  # what the text (Sec. 6.1) of arXiv 2511.21592v1 states of Table 1; t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
-
-
-def prompt_of(path):
-    """(prompt, sample index) of VBench's file name {prompt}-{i}.mp4; a name without an index is sample 0."""
-    found = re.fullmatch(r"(.*)-(\d+)", path.stem, re.DOTALL)
-    return (found[1], int(found[2])) if found else (path.stem, 0)
 
 
 def find_videos(folder, prompts):
@@ -168,7 +162,8 @@ def score_folder(videos, metrics, log, bar=True):
         scores = row["scores"]
         if "smoothness" in scores and "dynamic" in scores:
             scores["motion"] = (scores["smoothness"] + scores["dynamic"]) / 2
-        rows.append({**row, "path": path, "prompt": prompt_of(path)[0], "index": prompt_of(path)[1]})
+        prompt, index = prompt_of(path)
+        rows.append({**row, "path": path, "prompt": prompt, "index": index})
     return rows
 
 
@@ -178,21 +173,20 @@ def score_folders(videos, load, logs):
     Each rank scores every n-th video. Then the first goes over all of them as if it were alone, and finds in the logs
     what the others have written.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
+    if world() > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=9))  # shares may end hours apart
-    if rank > 0:
+    if rank() > 0:
         dist.barrier()  # the first rank downloads what is missing
     metrics = load()
-    if ranks > 1:
-        if rank == 0:
+    if world() > 1:
+        if rank() == 0:
             dist.barrier()
         for paths, log in zip(videos, logs):
-            score_folder(paths[rank::ranks], metrics, log, bar=rank == 0)
+            score_folder(paths[rank() :: world()], metrics, log, bar=rank() == 0)
         dist.barrier()
         dist.destroy_process_group()
-    if rank == 0:
-        return [score_folder(paths, metrics, log, bar=ranks == 1) for paths, log in zip(videos, logs)]
+    if rank() == 0:
+        return [score_folder(paths, metrics, log, bar=world() == 1) for paths, log in zip(videos, logs)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -391,7 +385,7 @@ def parse(argv=None):
 
 def main(argv=None):
     args = parse(argv)
-    if int(os.environ.get("RANK", 0)):  # the first rank speaks for all
+    if rank():  # the first rank speaks for all
         sys.stdout = open(os.devnull, "w")
     try:
         evaluate(args)

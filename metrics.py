@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from amt import load_amt
-from weights import REPO, load_strict, read_state_dict
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
 from report import fingerprint, printable
+from weights import REPO, load_strict, read_state_dict
 
 FOLDER = REPO / "weights" / "eval"
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co")

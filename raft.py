@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import REPO, load_strict, read_state_dict, rename, save_weights
+from weights import REPO, load_strict, princeton_raft, read_state_dict, save_weights
 
 GROUP_PIXELS = 4 * 480 * 832  # of the frames or pairs that share one checkpoint in video_flow: memory, not the result
 
@@ -364,30 +364,6 @@ def video_flow(raft, x, iters=12, group=None):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weight files
-
-
-TO_PRINCETON = [  # torchvision's names, and the prefix that princeton's DataParallel left in its files
-    (r"^module\.", ""), (r"^feature_encoder\.", "fnet."), (r"^context_encoder\.", "cnet."),
-    (r"\.convnormrelu\.0\.", ".conv1."), (r"\.convnormrelu\.1\.", ".norm1."),
-    (r"^([fc]net)\.conv\.", r"\1.conv2."),
-    (r"\.convnormrelu(\d)\.0\.", r".conv\1."), (r"\.convnormrelu(\d)\.1\.", r".norm\1."),
-    (r"\.motion_encoder\.conv\.0\.", ".encoder.conv."),
-    (r"\.motion_encoder\.conv([cf])[a-z]+(\d)\.0\.", r".encoder.conv\1\2."),
-    (r"\.recurrent_block\.convgru(\d)\.conv([zrq])\.", r".gru.conv\2\1."),
-    (r"^mask_predictor\.convrelu\.0\.", "update_block.mask.0."),
-    (r"^mask_predictor\.conv\.", "update_block.mask.2."),
-]
-
-
-def princeton_raft(state):
-    """A RAFT state dict of either public layout under princeton's keys."""
-    state = rename(state, TO_PRINCETON)
-    if "update_block.gru.convz2.weight" not in state:  # a single GRU carries no number
-        state = rename(state, [(r"\.gru\.conv([zrq])1\.", r".gru.conv\1.")])
-    for key in list(state):  # one norm under two names: files hold either or both
-        for name, alias in (".0.downsample.1.", ".0.norm3."), (".0.norm3.", ".0.downsample.1."):
-            state.setdefault(key.replace(name, alias), state[key])
-    return state
 
 
 def raft_config(state, meta, source):

@@ -17,9 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from eval import bootstrap, find_videos, labels_of, prompt_of, show
+from eval import bootstrap, find_videos, labels_of, show
 from report import as_base64, as_json, fill, fingerprint, printable, write_page
-from text import read_prompts
+from text import prompt_of, read_prompts
 
 QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture
     "motion": "Which video moves better: smooth, lively, physically plausible?",

@@ -584,7 +584,7 @@ def test_vae_keys_are_the_official_ones():
     assert shapes(net.state_dict()) == official
     keymap = json.loads((GOLDEN / "keymap_vae_official_to_diffusers.json").read_text())
     diffusers = {keymap[key]: key for key in official}
-    assert vae.official_vae(diffusers) == {key: key for key in official} and keymap.keys() == official.keys()
+    assert files.official_vae(diffusers) == {key: key for key in official} and keymap.keys() == official.keys()
     assert set(keymap.values()) == set(manifest("diffusers_vae"))
 
 

@@ -31,7 +31,7 @@ from model import (Draw, add_noise, few_step, few_step_times, load_dit, sample_n
 from raft import check_size, find_raft, load_raft, video_flow
 from text import NEGATIVE_PROMPT, encode_prompts, read_prompts
 from vae import load_vae
-from video import FPS, real_clips, write_video
+from video import FPS, real_clips, to_float, write_video
 from weights import REPO, WEIGHTS, find_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +358,7 @@ def train(cfg):
 
     def encode_real(x, speed):
         """What it sees of real clips, x [B, 3, T, H, W] as uint8 and speed [B] (video.py)."""
-        x, speed = x.to(device, non_blocking=True).float().div(127.5).sub(1), speed.view(-1, 1, 1, 1, 1).to(device)
+        x, speed = to_float(x.to(device, non_blocking=True)), speed.view(-1, 1, 1, 1, 1).to(device)
         return vae.encode(x, LATENTS_PER_PASS) if cfg.latent_gan else encode_motion(x, speed)
 
     def logits(seen):
@@ -396,7 +396,8 @@ def train(cfg):
                 if i < min(4, cfg.samples):
                     both = clip_beside_flow(clip, video_flow(raft, clip[None], cfg.raft_iters)[0])
                     write_video(out / "samples" / f"cycle-{cycle:06d}-{i}.mp4", both, FPS)
-                clips += [(i, prompt, clip.cpu())] * scored
+                if scored:
+                    clips.append((i, prompt, clip.cpu()))
         if not scored:
             return {}
         from toy.world import score

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import load_strict, read_state_dict, rename, save_weights
+from weights import load_strict, official_vae, read_state_dict, save_weights
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers: (x, old_state, new_state) -> y. x and y are lists of frames [B, C, H, W]: a layer that works frame by frame
@@ -402,24 +402,6 @@ class WanVAE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Weight files
-
-
-FROM_DIFFUSERS = [  # applied in order: the residual blocks' conv1 goes before conv_in becomes conv1
-    *((rf"((?:blocks|resnets)\.\d+)\.{name}\.", rf"\1.residual.{i}.")
-      for name, i in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6))),
-    (r"\.conv_shortcut\.", ".shortcut."), (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"^encoder\.down_blocks\.", "encoder.downsamples."),
-]
-
-
-def official_vae(state):
-    """A VAE state dict of the official or the diffusers layout under the official keys."""
-    # diffusers nests the decoder's levels, of three blocks and an upsampler each
-    nested = r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\."
-    flat = lambda m: f"decoder.upsamples.{4 * int(m[1]) + int(m[2] or 3)}."
-    return rename(state, [*FROM_DIFFUSERS, (nested, flat)]) if "quant_conv.weight" in state else state
 
 
 def vae_config(state, meta, path):

@@ -36,8 +36,7 @@ def write_video(path, x, fps, comment=""):
     """
     if x.ndim != 4 or len(x) != 3 or 0 in x.shape or x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(f"{path}: expected [3, T, H, W] with even H and W (H.264), got {list(x.shape)}: crop or pad")
-    # CHOICE: rounded. Wan truncates, half a level too dark on average; this way 8 bits -> [-1, 1] -> 8 bits is exact.
-    x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu()
+    x = to_bytes(x.detach().float().clamp(-1, 1)).cpu()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"  # prompts make long names
@@ -168,6 +167,11 @@ def to_pixels(frame, size=None, crop=None, aspect=1.0):
 def to_float(x):
     """uint8 -> [-1, 1]"""
     return x.float().div_(127.5).sub_(1)
+
+
+def to_bytes(x):
+    """[-1, 1] -> uint8. CHOICE: rounded, which makes to_bytes(to_float(x)) x; Wan truncates, half a level too dark."""
+    return x.add(1).mul(127.5).round().byte()
 
 
 def read_frames(path, size=None):
@@ -365,8 +369,7 @@ class RealClips(Dataset):
             from toy.world import clip
             x = clip(seed, motion_rich=True).pixels[0]
             first = int(place * (x.shape[1] - self.frames + 1))
-            x = x[:, first : first + self.frames].add(1).mul(127.5).round().byte()  # as a file would hold it
-            return (x, 1.0, 1.0, ""), passed
+            return (to_bytes(x[:, first : first + self.frames]), 1.0, 1.0, ""), passed  # as a file would hold it
         order = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(seed)).tolist()
         for turn in range(TURNS):
             again, at = [], (place + 0.618 * turn) % 1

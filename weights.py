@@ -1,7 +1,7 @@
 """Weight files: read any public layout, write safetensors, load strictly.
 
 A network's attributes carry the official checkpoint's key names, so that a file in official keys loads without a
-converter; other layouts are renamed here. Nothing in this file knows a network.
+converter; other layouts are renamed here. Nothing in this file knows a network's class.
 """
 
 import functools
@@ -143,11 +143,18 @@ def load_strict(module, state, source):
 # Layouts: other names for the official keys
 
 
+def rename(state, rules):
+    """A state dict with every (pattern, replacement) applied to its keys, in order."""
+    def renamed(key):
+        return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
+    return {renamed(key): value for key, value in state.items()}
+
+
 PREFIXES = [  # of FSDP1, checkpointing and torch.compile, anywhere; of ComfyUI, CausVid, rCM and DDP, in front
     (r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", ""),
     (r"^((model|diffusion_model|net|module)\.)+", ""),
 ]
-FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
+DIT_FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
     (r"^condition_embedder\.(time|text)_embedder\.linear_1\.", r"\1_embedding.0."),
     (r"^condition_embedder\.(time|text)_embedder\.linear_2\.", r"\1_embedding.2."),
     (r"^condition_embedder\.time_proj\.", "time_projection.1."), (r"^proj_out\.", "head.head."),
@@ -159,19 +166,54 @@ FROM_DIFFUSERS = [  # applied in order; diffusers' norm2 is the official norm3
 ]
 
 
-def rename(state, rules):
-    """A state dict with every (pattern, replacement) applied to its keys, in order."""
-    def renamed(key):
-        return functools.reduce(lambda key, rule: re.sub(*rule, key), rules, key)
-    return {renamed(key): value for key, value in state.items()}
-
-
 def official_dit(state):
     """A DiT state dict of any public layout under the official keys."""
     state = rename(state, PREFIXES)
     if "condition_embedder.time_proj.weight" in state:
-        state = rename(state, FROM_DIFFUSERS)
+        state = rename(state, DIT_FROM_DIFFUSERS)
     patch = state.get("patch_embedding.weight")
     if patch is not None and patch.ndim == 2:  # rCM stores the same numbers as a linear layer
         state["patch_embedding.weight"] = patch.view(len(patch), -1, 1, 2, 2)
+    return state
+
+
+VAE_FROM_DIFFUSERS = [  # applied in order: the residual blocks' conv1 goes before conv_in becomes conv1
+    *((rf"((?:blocks|resnets)\.\d+)\.{name}\.", rf"\1.residual.{i}.")
+      for name, i in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6))),
+    (r"\.conv_shortcut\.", ".shortcut."), (r"^quant_conv\.", "conv1."), (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."), (r"\.norm_out\.", ".head.0."), (r"\.conv_out\.", ".head.2."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."), (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."), (r"^encoder\.down_blocks\.", "encoder.downsamples."),
+]
+
+
+def official_vae(state):
+    """A VAE state dict of the official or the diffusers layout under the official keys."""
+    # diffusers nests the decoder's levels, of three blocks and an upsampler each
+    nested = r"^decoder\.up_blocks\.(\d+)\.(?:resnets\.(\d+)|upsamplers\.0)\."
+    flat = lambda m: f"decoder.upsamples.{4 * int(m[1]) + int(m[2] or 3)}."
+    return rename(state, [*VAE_FROM_DIFFUSERS, (nested, flat)]) if "quant_conv.weight" in state else state
+
+
+RAFT_TO_PRINCETON = [  # torchvision's names, and the prefix that princeton's DataParallel left in its files
+    (r"^module\.", ""), (r"^feature_encoder\.", "fnet."), (r"^context_encoder\.", "cnet."),
+    (r"\.convnormrelu\.0\.", ".conv1."), (r"\.convnormrelu\.1\.", ".norm1."),
+    (r"^([fc]net)\.conv\.", r"\1.conv2."),
+    (r"\.convnormrelu(\d)\.0\.", r".conv\1."), (r"\.convnormrelu(\d)\.1\.", r".norm\1."),
+    (r"\.motion_encoder\.conv\.0\.", ".encoder.conv."),
+    (r"\.motion_encoder\.conv([cf])[a-z]+(\d)\.0\.", r".encoder.conv\1\2."),
+    (r"\.recurrent_block\.convgru(\d)\.conv([zrq])\.", r".gru.conv\2\1."),
+    (r"^mask_predictor\.convrelu\.0\.", "update_block.mask.0."),
+    (r"^mask_predictor\.conv\.", "update_block.mask.2."),
+]
+
+
+def princeton_raft(state):
+    """A RAFT state dict of either public layout under princeton's keys."""
+    state = rename(state, RAFT_TO_PRINCETON)
+    if "update_block.gru.convz2.weight" not in state:  # a single GRU carries no number
+        state = rename(state, [(r"\.gru\.conv([zrq])1\.", r".gru.conv\1.")])
+    for key in list(state):  # one norm under two names: files hold either or both
+        for name, alias in (".0.downsample.1.", ".0.norm3."), (".0.norm3.", ".0.downsample.1."):
+            state.setdefault(key.replace(name, alias), state[key])
     return state
