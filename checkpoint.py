@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 
@@ -109,27 +110,45 @@ def load(out, state):
 
 
 def export(cfg, cycle, net, name, state=None):
-    """Gather a DiT, or its averaged state, and write it under the official keys as <out>/<name>.safetensors."""
+    """Gather a DiT, or its averaged state, and write it under the official keys as <out>/<name>.safetensors.
+
+    Of the generator a copy in bf16, NAME-CYCLE, stays at the first export after every cfg.keep_every cycles.
+    """
     full = {}
     for key, value in (state or net.state_dict()).items():
         value = value.full_tensor()
         if rank() == 0:
             full[key] = value.cpu()
     if rank() == 0:
-        path = Path(cfg.out) / f"{name}.safetensors"
         head = REPO / ".git" / "HEAD"
         ref = head.read_text().split()[-1] if head.exists() else ""
         commit = (REPO / ".git" / ref).read_text().strip() if ref and (REPO / ".git" / ref).is_file() else ref
-        save_dit(full, path.with_suffix(".part"), net.cfg, preset=cfg.preset, cycle=cycle, commit=commit,
-                 sampler=json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift}))
-        path.with_suffix(".part").rename(path)
+        sampler = json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift})
+        kept = name == "generator" and cycle % max(1, cfg.keep_every) < cfg.save_every * bool(cfg.keep_every)
+        for file, dtype in [(f"{name}-{cycle:06d}", torch.bfloat16)] * kept + [(name, torch.float32)]:
+            path = Path(cfg.out) / f"{file}.safetensors"
+            save_dit({key: value.to(dtype) for key, value in full.items()}, path.with_suffix(".part"), net.cfg,
+                     preset=cfg.preset, cycle=cycle, commit=commit, sampler=sampler)
+            path.with_suffix(".part").rename(path)
+
+
+WATCHED = 20  # full cycles, over which these means should stay in these ranges, and what to do where they do not
+RANGES = {
+    "gan_d": (0.1, 1.35, "the discriminator has won: more --lambda_r1 and --lambda_r2, or hacks/random_t_star.patch",
+              "chance is 1.39: a --flow_scale nearer to the clips' speed, more --discriminator_warmup"),
+    "balance": (0.3, 3.0, "one AdamW takes its step sizes from both objectives, so the flow GAN hardly counts: more "
+                "--lambda_g", "one AdamW takes its step sizes from both, so DMD hardly counts: less --lambda_g")}
 
 
 class Log:
-    """A run's settings in config.json; a line a cycle on the screen and a JSON object in log.jsonl. Rank 0 writes."""
+    """A run's settings in config.json; a line a cycle on the screen and a JSON object in log.jsonl. Rank 0 writes.
+
+    A full cycle's `balance` is norm_gan / norm_dmd. What leaves its range in RANGES is said, once.
+    """
 
     def __init__(self, cfg, start):
         self.path = path = Path(cfg.out) / "log.jsonl"
+        self.recent = {name: deque(maxlen=WATCHED) for name in RANGES}
         if rank() == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name("config.json").write_text(as_json(cfg))
@@ -140,6 +159,16 @@ class Log:
             path.with_suffix(".part").rename(path)
 
     def write(self, values):
+        if "norm_gan" in values and values.get("norm_dmd"):
+            values["balance"] = values["norm_gan"] / values["norm_dmd"]
+        for name, recent in self.recent.items() if "norm_gan" in values else ():
+            recent.append(values.get(name, math.nan))
+            low, high, below, above = RANGES[name]
+            mean = sum(recent) / len(recent)
+            if len(recent) == WATCHED and not low <= mean <= high and mean == mean:
+                advice = below if mean < low else above
+                print0(f"{name} is {mean:.3g} over {WATCHED} cycles, not {low} to {high}: {advice}")
+                recent.clear()
         if torch.cuda.is_initialized():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # of rank 0
             torch.cuda.reset_peak_memory_stats()

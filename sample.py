@@ -148,7 +148,7 @@ def parse_flags(argv):
     flag("--negative_prompt", help="of unipc; default Wan's own, empty in the toy world as in its training")
     flag("--batch_size", type=int, help="videos at once; only rounding differs: in bf16 .1 of 255 levels, in places 20")
     flag("--weights", help="folder of the preset's weights, default as in README")
-    flag("--generator", help="file, folder or hub name; default: newest export in runs/, shipped student, base model")
+    flag("--generator", help="file, folder, hub name, number of a kept export; default: newest in runs/, shipped, base")
     flag("--vae", help="default in the weights folder")
     flag("--text_encoder", help="folder, default the weights folder")
     flag("--raft", help="for --flow; default in the weights folder or weights/raft-things.pth")
@@ -219,12 +219,13 @@ def distilled_for(path):
 
 def choose_generator(args):
     """Decide args.generator, .sampler and its settings; say so, return the generator's header."""
-    student = args.generator
-    if not student:
-        exports = (REPO / "runs").glob("*/generator.safetensors")
+    student, number = args.generator, f"-{int(args.generator):06d}" if (args.generator or "").isdigit() else ""
+    if number or not student:  # a number is that of a kept export, train.py --keep_every
+        exports = (REPO / "runs").glob(f"*/generator{number}.safetensors")
         found = sorted((p for p in exports if header(p).get("preset") == args.preset), key=lambda p: p.stat().st_mtime)
         shipped = [p for p in [args.weights / "student.safetensors"] if p.exists()]
-        student = args.weights if args.sampler == "unipc" else [args.weights, *shipped, *found][-1]
+        expect(found or not number, f"a runs/*/generator{number}.safetensors", "none: see train.py --keep_every")
+        student = args.weights if args.sampler == "unipc" and not number else [args.weights, *shipped, *found][-1]
     base, meta, stated = is_base(args, student), header(student), distilled_for(student)
     known = "few_step" if stated else "unipc" if base else "few_step" if args.timesteps else None
     args.sampler = args.sampler or known

@@ -1409,6 +1409,42 @@ def test_kill_and_resume_on_any_number_of_ranks(tmp_path):
     assert left == ["checkpoint-000004", "checkpoint-000005"]
 
 
+def test_the_discriminators_warmup_ends_when_it_separates(tmp_path, monkeypatch):
+    weights, flags = tiny_weights(tmp_path / "weights"), "--discriminator_warmup 3 --cycles 2 --save_every 1".split()
+    capped = run(weights, tmp_path / "cap", *flags)
+    assert [row["cycle"] for row in capped] == [0, 1, 2, 3, 4]  # it has learned nothing
+    monkeypatch.setattr(train, "gan_d_loss", lambda real, gen: 0.1 * F.softplus(gen - real))
+    rows = run(weights, tmp_path / "run", *flags)
+    assert [(row["cycle"], row["phase"]) for row in rows] == [(0, "discriminator_warmup"), (3, "mogan"), (4, "mogan")]
+    shutil.rmtree(tmp_path / "run" / "checkpoint-000005")
+    assert run(weights, tmp_path / "run", *flags) == rows
+
+
+def test_kept_exports_are_numbered_and_sampled_by_number(tmp_path, monkeypatch, capsys):
+    weights = tiny_weights(tmp_path / "weights")
+    run(weights, tmp_path / "runs" / "one", "--cycles", "5", "--save_every", "2", "--keep_every", "3", "--no-dmd",
+        "--generator", str(weights))
+    kept = sorted((tmp_path / "runs" / "one").glob("generator-*"))
+    assert [file.name for file in kept] == ["generator-000004.safetensors"]  # the first export after three cycles
+    assert load_file(kept[0])["patch_embedding.weight"].dtype == torch.bfloat16
+    monkeypatch.setattr(sample, "REPO", tmp_path)
+    flags = ["--preset", "toy", "--weights", str(weights), "--prompt", "a red circle", "--out", str(tmp_path / "x.mp4")]
+    sample.main([*flags, "--frames", "5", "--generator", "4"])
+    assert str(kept[0]) in capsys.readouterr().out and (tmp_path / "x.mp4").exists()
+    with pytest.raises(SystemExit):
+        sample.main([*flags, "--generator", "5"])
+    assert "--keep_every" in capsys.readouterr().err
+
+
+def test_log_warns_when_one_side_has_won(tmp_path, capsys):
+    log = checkpoint.Log(train.Config(out=str(tmp_path)), 0)
+    for cycle in range(checkpoint.WATCHED + 1):
+        log.write({"cycle": cycle, "gan_d": 0.01 if cycle else 1.3, "norm_gan": 5.0, "norm_dmd": 1.0})
+    told = capsys.readouterr().out
+    assert "balance 5" in told and "balance is 5 over 20 cycles, not 0.3 to 3.0: one AdamW" in told
+    assert "gan_d is 0.0745 over 20 cycles" in told and told.count("over 20 cycles") == 2
+
+
 def test_resume_tells_what_changed_and_spares_copies(tmp_path, capsys):
     weights, out = tiny_weights(tmp_path / "weights"), tmp_path / "out"
     flags = "--dmd_warmup 1 --discriminator_warmup 0 --fake_updates 1 --discriminator_batch 2".split()
@@ -1447,7 +1483,7 @@ def test_ablations(tmp_path):
     no_r = run(weights, tmp_path / "no_r", "--lambda_r1", "0", "--lambda_r2", "0")[0]
     assert no_r["r1"] == full["r1"] and no_r["norm_discriminator"] != full["norm_discriminator"]
     latent = run(weights, tmp_path / "latent", "--latent_gan")[0]
-    assert latent["logit_gen"] != full["logit_gen"] and latent["dmd"] == full["dmd"]
+    assert latent["gan_d"] != full["gan_d"] and latent["dmd"] == full["dmd"]
     small = run(weights, tmp_path / "small", "--checkpointing", "--micro_batch", "1")[0]
     assert small.pop("phase") == "mogan"
     assert small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
@@ -1575,9 +1611,9 @@ def test_every_hack_applies_and_trains(tmp_path):
         if done.returncode or changed > 40 or not text.startswith("# "):
             return f"{patch.name}, {changed} lines: {done.stderr[-500:]}"
 
-    patches = sorted((root / "hacks").glob("*.patch"))
+    patches = sorted((root / "hacks").glob("*.patch")) + sorted((root / "toy" / "patches").glob("*.patch"))
     with ThreadPoolExecutor(2) as pool:
-        assert len(patches) >= 9 and [line for line in pool.map(failure, patches) if line] == []
+        assert len(patches) >= 14 and [line for line in pool.map(failure, patches) if line] == []
 
 
 def test_every_choice_is_in_the_readme():

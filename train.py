@@ -59,7 +59,7 @@ class Config:
     cycles: int = 800               # full MoGAN cycles; CHOICE: what App. B calls 800 steps
     dmd_warmup: int = -1            # cycles of DMD alone first; -1: 600 from the teacher, 0 from a 3-step student
     fake_warmup: int = -1           # cycles of the fake score alone at first; -1: 50 for a student without --fake_score
-    discriminator_warmup: int = 20  # CHOICE: cycles of fake score and discriminator heads, before the first full one
+    discriminator_warmup: int = 50  # CHOICE: cycles of fake score and discriminator, at most, until it SEPARATES
     # optimisation
     batch: int = 16                 # samples of a generator or fake-score update, over all ranks
     discriminator_batch: int = 64   # generated clips, and as many real, of its update; at most batch * fake_updates
@@ -91,24 +91,23 @@ class Config:
     shard: int = 0                  # ranks that share one copy of the parameters; 0: those of a node, 1: a copy each
     # bookkeeping
     save_every: int = 20            # cycles between checkpoints, exports and sample clips
+    keep_every: int = 0             # cycles between exports that stay, numbered, in bf16; 0: none stays
     samples: int = 4                # sample clips, of fixed prompts and seeds
 
 
 # The recipe's constants, the one place to edit them.
 BETAS, WEIGHT_DECAY = (0.0, 0.999), 0.01  # CHOICE: beta_1 0, so that the generator's objectives share no momentum
 MAX_GRAD_NORM = 10.0                      # gradients are clipped to it
+SEPARATES = 1.25                          # gan_d, a moving average, under which a discriminator may teach; chance 1.39
 T_MIN, T_MAX = 0.02, 0.98                 # of the timesteps of score updates
 LATENTS_PER_PASS = 3                      # through the VAE at once: the least memory for the paper's window
 
 PRESETS = {
-    "wan1.3b": {},
-    "wan14b": {},
-    "toy": dict(
-        videos="", prompts="", height=64, width=64, frames=17, cycles=60, discriminator_warmup=10, samples=48,
-        batch=12, discriminator_batch=12, micro_batch=12, fake_updates=2,
-        lr_generator=1e-4, lr_fake_score=4e-4, lr_discriminator=3e-4,
-        timesteps=(1000, 857, 600), shift=3.0, guidance=1.0,
-        sigma=0.05, window=2, raft_iters=4, flow_scale=3.0, taps=(1, 2, 3), checkpointing=False, shard=1),
+    "wan1.3b": {}, "wan14b": {}, "toy": dict(
+        videos="", prompts="", height=64, width=64, frames=17, cycles=60, discriminator_warmup=40, samples=48,
+        batch=12, discriminator_batch=12, micro_batch=12, fake_updates=2, lr_generator=1e-4, lr_fake_score=4e-4,
+        lr_discriminator=3e-4, timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, sigma=0.05, window=2,
+        raft_iters=4, flow_scale=3.0, taps=(1, 2, 3), checkpointing=False, shard=1),
 }
 
 
@@ -186,9 +185,8 @@ def micro_batches(batch, size):
     Where the batch does not divide, the last samples are padding of weight 0. Weights sum to the world size over
     all ranks, as FSDP averages gradients over ranks: the result is the global batch's mean on any number of them.
     """
-    each = math.ceil(batch / world())
-    mine = [i * world() + rank() for i in range(each)]
-    for first in range(0, each, size):
+    mine = [i * world() + rank() for i in range(math.ceil(batch / world()))]
+    for first in range(0, len(mine), size):
         index = mine[first : first + size]
         yield index, torch.tensor([world() / batch if i < batch else 0.0 for i in index])
 
@@ -298,15 +296,14 @@ def train(cfg):
         find_weights(path, "a Wan DiT")
     find_weights(find_raft(cfg.weights, cfg.raft), "RAFT")
     prompts, times = read_prompts(cfg.prompts), few_step_times(cfg.timesteps, cfg.shift)
-    print0(f"generator: {cfg.generator or 'the teacher itself, not distilled'}; weights: {cfg.weights}")
+    print0(f"generator: {cfg.generator or 'the teacher itself'}, then {cfg.dmd_warmup} cycles of DMD and at most "
+           f"{cfg.discriminator_warmup} of the discriminator before the flow GAN; weights: {cfg.weights}")
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.dmd_warmup
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.cycles
     out, last = Path(cfg.out), len(phases)
     start = checkpoint.start_of(cfg, last)
     if start == last and checkpoint.is_finished(cfg, last):
         return print0(f"nothing left to train: the run in {out} has done its {last} cycles (--out for another run)")
-    if "dmd_warmup" in phases[start:]:
-        print0(f"{cfg.dmd_warmup} cycles of DMD come first (cost.py: what they take); --generator STUDENT spares them")
     keys = [[(cycle, i) for i in index] for cycle in range(max(start, cfg.fake_warmup + cfg.dmd_warmup), last)
             for index, _ in discriminator_micro_batches(cfg)]
     real_frames = cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window
@@ -329,7 +326,7 @@ def train(cfg):
     nets = dict(generator=generator, fake_score=fake_score, discriminator=discriminator)
     optimizers = {name: adamw(net, getattr(cfg, f"lr_{name}")) for name, net in nets.items()}
     ema = {key: value.clone() for key, value in generator.state_dict().items()} if cfg.ema else {}
-    state = checkpoint.live_state(nets, optimizers, ema)
+    state = {**checkpoint.live_state(nets, optimizers, ema), "separation": torch.tensor(math.log(4))}
     checkpoint.load(cfg.out, state)
     shape = teacher.cfg.in_dim, 1 + cfg.frames // 4, cfg.height // 8, cfg.width // 8  # of a latent clip, [C, f, h, w]
     for net in nets.values():  # FSDP fixes a net's gradient dtype at its first forward, before the loop freezes any
@@ -421,7 +418,10 @@ def train(cfg):
         if cycle == last:
             break
         began, phase, figures, rollouts = time.time(), phases[cycle], {}, []
-        window_start = Draw(cfg.seed, cycle, "window", []).choice("start", shape[1] - cfg.window)  # CHOICE: any
+        if phase == "discriminator_warmup" and state["separation"] < SEPARATES:  # the clips of its cycle go unseen
+            list(itertools.islice(reals, len(list(discriminator_micro_batches(cfg)))))
+            continue
+        window_start = Draw(cfg.seed, cycle, "gan", []).window(shape[1], 1 + cfg.window)  # CHOICE: random, with ends
 
         # CHOICE: the order of App. B; Algorithm 1 prints the discriminator before the generator's flow GAN.
         # 1. Generator: distribution matching.                                  Alg. 1 l.3-7, Eq. 1-2
@@ -474,14 +474,14 @@ def train(cfg):
                 for z0, (index, weight) in zip(rollouts, discriminator_micro_batches(cfg)):
                     with torch.no_grad():
                         seen = torch.cat([encode_real(*next(reals)), encode_generated(z0, window_start)])
-                        noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
-                    both = torch.cat([seen, seen + cfg.sigma * noise])  # CHOICE: noise on latents; [4 B, C, f, h, w]
-                    logit_real, logit_gen, noised_real, noised_gen = logits(both).chunk(4)
-                    gan_d, r1, r2, *_ = add(sums, weight, gan_d=gan_d_loss(logit_real, logit_gen),
-                        r1=r_loss(logit_real, noised_real, cfg.sigma), r2=r_loss(logit_gen, noised_gen, cfg.sigma),
-                        logit_real=logit_real, logit_gen=logit_gen)
+                    noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
+                    # CHOICE: the noise of R1 and R2 on latents.
+                    real, gen, noised_real, noised_gen = logits(torch.cat([seen, seen + cfg.sigma * noise])).chunk(4)
+                    gan_d, _, r1, r2 = add(sums, weight, gan_d=gan_d_loss(real, gen), accuracy=(real > gen).float(),
+                        r1=r_loss(real, noised_real, cfg.sigma), r2=r_loss(gen, noised_gen, cfg.sigma))
                     (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
             figures |= update("discriminator", sums, "discriminator")
+            state["separation"].lerp_(torch.tensor(figures["gan_d"]), 0.2)
 
         for key, value in ema.items():
             value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)

@@ -367,9 +367,9 @@ class RealClips(Dataset):
         seed, passed = seed_of(self.seed, cycle, index, "file"), []
         if not self.clips:
             from toy.world import clip
-            x = clip(seed, motion_rich=True).pixels[0]
+            [x], [name], *_ = clip(seed, motion_rich=True)
             first = int(place * (x.shape[1] - self.frames + 1))
-            return (to_bytes(x[:, first : first + self.frames]), 1.0, 1.0, ""), passed  # as a file would hold it
+            return (to_bytes(x[:, first : first + self.frames]), 1.0, 1.0, name), passed  # as a file would hold it
         order = torch.randperm(len(self.clips), generator=torch.Generator().manual_seed(seed)).tolist()
         for turn in range(TURNS):
             again, at = [], (place + 0.618 * turn) % 1
@@ -387,13 +387,13 @@ class RealClips(Dataset):
 
 
 def collate(items):
-    """Clips [B, 3, T, H, W], speed [B], {file: share kept}, or None for these if a clip is missing; [(file, why)]."""
+    """Clips [B, 3, T, H, W], speed [B], [(file, share kept)], or None for these if one is missing; [(file, why)]."""
     clips, passed = zip(*items)
     passed = list(itertools.chain(*passed))
     if None in clips:
         return None, None, None, passed
     x, speed, kept, files = zip(*clips)
-    return torch.stack(x), torch.tensor(speed), dict(zip(files, kept)), passed
+    return torch.stack(x), torch.tensor(speed), list(zip(files, kept)), passed
 
 
 def real_clips(videos, keys, frames, size, seed, workers, latent=False):

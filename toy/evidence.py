@@ -32,43 +32,64 @@ sys.path.insert(0, str(REPO))
 from flow_viz import flow_legend, flow_to_color  # noqa: E402
 from model import load_dit  # noqa: E402
 from raft import load_raft, video_flow  # noqa: E402
+from toy import lurch  # noqa: E402
 from toy.make_weights import DEVICE, GUIDANCE, few_step_clips, sample_clips  # noqa: E402
 from toy.world import clips, draw, held_out, measure, prompt  # noqa: E402
 from vae import load_vae  # noqa: E402
 
 WEIGHTS, RUNS, RESULTS = REPO / "toy" / "weights", REPO / "runs" / "evidence", REPO / "toy" / "evidence.json"
+LURCH, PATCHES = RUNS / "lurch", REPO / "toy" / "patches"
 START = "--dmd_warmup 0 --discriminator_warmup 0 --cycles 0 --fake_warmup 50"
-FIXED = ("renders", "vae", "teacher", "student")  # nothing to train
+FIXED = ("renders", "vae", "teacher", "student", "lurch_teacher", "lurch_student")  # nothing to train
 ARMS = {
     "mogan": "",
     "dmd": "--dmd_warmup 120 --discriminator_warmup 0 --cycles 0",  # as many generator updates as mogan's 2 x 60
-    # Table 2
-    "no_dmd": "--no-dmd",
-    "no_r": "--lambda_r1 0 --lambda_r2 0",
-    "latent_gan": "--latent_gan",
-    # open choices: the stronger penalty and the VAE's blur on real clips in full, the rest at half the length
-    "r_strong": "--lambda_r1 3 --lambda_r2 3",
-    "roundtrip": "real_roundtrip.patch",
+    # a motion GAN, or a bonus for speed? At half the length; their control is dmd_60
     "mogan_30": "--cycles 30",
-    "r_printed": "--cycles 30 --lambda_r1 .00075 --lambda_r2 .00075",  # Eq. 6-7 as printed: sigma^2 times 0.3
-    "t_random": "--cycles 30 random_t_star.patch",
-    "algorithm": "--cycles 30 order.patch",
-    "first_window": "--cycles 30 first_window.patch",
-    "scale_1": "--cycles 30 --flow_scale 1",
-    "scale_9": "--cycles 30 --flow_scale 9",
-    "two_optimizers": "--cycles 30 two_optimizers.patch",
-    "ema": "--cycles 30 --ema 0.9",  # judged by its averaged generator
+    "dmd_60": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
+    "speed_reward": "--cycles 30 --discriminator_warmup 0 --lambda_g .7 speed_reward.patch",
+    "named": "--cycles 30 named.patch",
+    "caption": "--cycles 30 named.patch caption.patch",
+    "matched": "--cycles 30 matched.patch",
+    "stutter": "--cycles 30 stutter.patch",
+    "lurch_dmd": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
+    "lurch_mogan": "--cycles 30 matched.patch",
+    "lurch_caption": "--cycles 30 named.patch caption.patch",
+    # Before the discriminator's warm-up went on until it separates (10 cycles always) and windows reached the ends:
+    "before": "--discriminator_warmup 10",
+    "no_dmd": "--discriminator_warmup 10 --no-dmd",
+    "no_r": "--discriminator_warmup 10 --lambda_r1 0 --lambda_r2 0",
+    "latent_gan": "--discriminator_warmup 10 --latent_gan",
+    # open choices: the stronger penalty and the VAE's blur on real clips in full, the rest at half the length
+    "r_strong": "--discriminator_warmup 10 --lambda_r1 3 --lambda_r2 3",
+    "roundtrip": "--discriminator_warmup 10 real_roundtrip.patch",
+    "before_30": "--discriminator_warmup 10 --cycles 30",
+    "r_printed": "--discriminator_warmup 10 --cycles 30 --lambda_r1 .00075 --lambda_r2 .00075",  # Eq. 6-7 as printed
+    "t_random": "--discriminator_warmup 10 --cycles 30 random_t_star.patch",
+    "algorithm": "--discriminator_warmup 10 --cycles 30 order.patch",
+    "first_window": "--discriminator_warmup 10 --cycles 30 first_window.patch",
+    "scale_1": "--discriminator_warmup 10 --cycles 30 --flow_scale 1",
+    "scale_9": "--discriminator_warmup 10 --cycles 30 --flow_scale 9",
+    "two_optimizers": "--discriminator_warmup 10 --cycles 30 two_optimizers.patch",
+    "ema": "--discriminator_warmup 10 --cycles 30 --ema 0.9",  # judged by its averaged generator
 }
 COLUMNS = {  # figures of world.measure, and how the tables call them
     "dynamic": "over 1 px/frame", "plain_speed": "no adverb, px/frame", "slowly": "slowly", "quickly": "quickly",
-    "path_speed": "path speed", "net_speed": "net speed", "jitter": "jitter", "iou": "IoU", "one_blob": "one blob",
-    "colour": "colour", "shape": "shape", "direction": "direction",
-    "jitter_fast": "jitter, fast clips", "iou_fast": "IoU, fast clips", "one_blob_fast": "one blob, fast clips"}
-DIFFERENCES = ("dynamic", "path_speed", "jitter", "iou", "one_blob", "shape", "jitter_fast", "iou_fast")
-CONTROLS = {"dmd": ("teacher", "student", "mogan", "no_dmd", "no_r", "latent_gan"),
-            "mogan": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
-            "mogan_30": [arm for arm, flags in ARMS.items() if flags.startswith("--cycles 30 ")]}
-LOGGED = ("gan_d", "r1", "r2", "norm_gan", "norm_dmd")
+    "path_speed": "path speed", "net_speed": "net speed", "jitter_ratio": "jitter / speed",
+    "alternation": "alternation", "wander": "wander, px", "iou": "IoU", "one_blob": "one blob", "colour": "colour",
+    "shape": "shape", "direction": "direction", "jitter": "jitter", "jitter_fast": "jitter, fast",
+    "wander_fast": "wander, fast", "iou_fast": "IoU, fast", "one_blob_fast": "one blob, fast"}
+FIGURES = [key for key in COLUMNS if not key.endswith("_fast")]
+DIFFERENCES = ("dynamic", "slowly", "path_speed", "jitter_ratio", "alternation", "wander_fast", "iou", "one_blob",
+               "shape", "jitter_fast", "iou_fast")
+NEW = "speed_reward", "named", "caption", "matched", "stutter"
+CONTROLS = {"dmd": ("teacher", "student", "mogan", "before", "no_dmd", "no_r", "latent_gan"),
+            "dmd_60": ("mogan_30", *NEW), "mogan_30": NEW,
+            "lurch_dmd": ("lurch_teacher", "lurch_student", "lurch_mogan", "lurch_caption"),
+            "before": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
+            "before_30": ("r_printed", "t_random", "algorithm", "first_window", "scale_1", "scale_9", "two_optimizers",
+                          "ema")}
+LOGGED = ("gan_d", "accuracy", "r1", "r2", "norm_gan", "norm_dmd")
 
 
 def patched(name, patches):
@@ -79,7 +100,8 @@ def patched(name, patches):
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "golden", "benchmarks", "hacks"))
     for patch in patches:
-        subprocess.run(["git", "apply", REPO / "hacks" / patch], cwd=copy, check=True,
+        file = next(folder / patch for folder in (REPO / "hacks", PATCHES) if (folder / patch).exists())
+        subprocess.run(["git", "apply", file], cwd=copy, check=True,
                        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(RUNS)})
     return copy
 
@@ -126,9 +148,10 @@ def pixels_of(name, seed, pairs):
         x = renders([text for text, _ in pairs])
         return x if name == "renders" else torch.cat([vae.decode(vae.encode(part, 4), 4) for part in x.split(20)])
     run, file = RUNS / f"{name}-{seed}", "generator_ema" if name == "ema" else "generator"
-    net = load_dit(WEIGHTS / f"{name}.safetensors" if name in FIXED else run / f"{file}.safetensors").to(DEVICE)
-    vae = vae.to(DEVICE)
-    x = sample_clips(net, vae, pairs, 50, GUIDANCE, 3.0) if name == "teacher" else few_step_clips(net, vae, pairs)
+    if name in FIXED:
+        run, file = LURCH if name.startswith("lurch") else WEIGHTS, name.removeprefix("lurch_")
+    net, vae = load_dit(run / f"{file}.safetensors").to(DEVICE), vae.to(DEVICE)
+    x = sample_clips(net, vae, pairs, 50, GUIDANCE, 3.0) if file == "teacher" else few_step_clips(net, vae, pairs)
     return x.clamp(-1, 1).cpu()
 
 
@@ -143,11 +166,15 @@ def run(arms, seeds, jobs):
     score = RUNS / "start" / "fake_score.safetensors"
     if any(arm not in FIXED for arm, _ in todo) and not score.exists():
         train("start", START, 0)
+    if any(arm.startswith("lurch") for arm, _ in todo):
+        lurch.make(LURCH)
     measuring = Lock()  # trainings are processes of their own; what follows them takes turns
 
     def one(arm, seed):
         if arm not in FIXED:
-            train(f"{arm}-{seed}", f"--fake_score {score} {ARMS[arm]}", seed)
+            lurches = f"--weights {LURCH} --fake_score {LURCH / 'run' / 'fake_score.safetensors'}"
+            start = lurches if arm.startswith("lurch") else f"--fake_score {score}"
+            train(f"{arm}-{seed}", f"{start} {ARMS[arm]}", seed)
         with measuring:
             keep(arm, seed)
 
@@ -172,14 +199,16 @@ def run(arms, seeds, jobs):
 def stack(results, arm):
     """An arm's figures by name, [seeds, 200], NaN where a figure does not apply; None without results.
 
-    NAME_fast is NAME over the clips that move more than 1.2 px/frame, the slowest that "quickly" asks for: the VAE
-    blurs fast shapes, rendered ones too, so that only clips of equal speed compare fairly.
+    Figures that were not taken when an arm ran are NaN. NAME_fast is NAME over the clips that move more than 1.2
+    px/frame, the slowest that "quickly" asks for: the VAE blurs fast shapes, rendered ones too, so that only clips of
+    equal speed compare fairly.
     """
     rows = [row for name, row in sorted(results.items()) if name.rsplit("-", 1)[0] == arm]
     if rows:
-        x = {key: np.array([row[key] for row in rows], dtype=float) for key in rows[0] if key != "log"}
+        x = {key: np.array([row.get(key, [math.nan] * 200) for row in rows], dtype=float) for key in FIGURES}
         fast = x["net_speed"] > 1.2
-        return x | {f"{key}_fast": np.where(fast, x[key], np.nan) for key in ("jitter", "iou", "one_blob")}
+        return x | {f"{key}_fast": np.where(fast, x[key], np.nan) for key in (
+            "jitter", "wander", "iou", "one_blob")}
 
 
 def bootstrap(a, b, rounds=2000):
@@ -192,6 +221,11 @@ def bootstrap(a, b, rounds=2000):
     return np.nanmean(a) - np.nanmean(b), *np.percentile(differences, (2.5, 97.5))
 
 
+def cell(x):
+    """The mean of figures, for a table; a dash where none was taken."""
+    return "–" if np.isnan(x).all() else f"{np.nanmean(x):.3f}"
+
+
 def table():
     """The means of every arm, then the differences from the control, or for the open choices from mogan."""
     results = read_results()
@@ -199,14 +233,15 @@ def table():
     print(head("arm", "seeds", *COLUMNS.values()))
     for arm in (*FIXED, *ARMS):
         if x := stack(results, arm):
-            print(f"| {arm} | {len(x['iou'])} | " + " | ".join(f"{np.nanmean(x[key]):.3f}" for key in COLUMNS) + " |")
+            print(f"| {arm} | {len(x['iou'])} | " + " | ".join(cell(x[key]) for key in COLUMNS) + " |")
     for against, arms in CONTROLS.items():
         print(head(f"minus {against}", *(COLUMNS[key] for key in DIFFERENCES)))
         base = stack(results, against)
         for arm in arms:
             if base and (x := stack(results, arm)):
-                cells = [bootstrap(x[key], base[key]) for key in DIFFERENCES]
-                print(f"| {arm} | " + " | ".join("%+.3f [%+.3f, %+.3f]" % cell for cell in cells) + " |")
+                cells = ["–" if np.isnan(x[key]).all() or np.isnan(base[key]).all() else
+                         "%+.3f [%+.3f, %+.3f]" % bootstrap(x[key], base[key]) for key in DIFFERENCES]
+                print(f"| {arm} | " + " | ".join(cells) + " |")
     print(head("arm, mean over the last ten cycles", *LOGGED))
     for name, row in sorted(results.items()):
         if "log" in row:

@@ -294,18 +294,19 @@ CHUNK, CHUNKS = 256, 28
 
 
 @torch.no_grad()
-def latents(vae: WanVAE) -> dict[str, Tensor]:
-    """z, the prompt's row in PROMPTS, and the shape's cover of 4-px cells, of 7168 clips; made once for an encoder."""
+def latents(vae: WanVAE, chunks: int = CHUNKS, lurch: float = 0.) -> dict[str, Tensor]:
+    """z, the prompt's row in PROMPTS, and the shape's cover of 4-px cells, of 256 clips a chunk; made once."""
     encoder = torch.cat([p.flatten() for p in [*vae.encoder.parameters(), *vae.conv1.parameters()]]).cpu()
-    path = RUNS / f"latents-{zlib.crc32(encoder.numpy()):08x}.safetensors"
+    path = RUNS / f"latents-{zlib.crc32(encoder.numpy()):08x}{f'-lurch-{lurch}' if lurch else ''}.safetensors"
     if not path.exists():
         parts = []
-        for seed in range(60_000_000, 60_000_000 + CHUNK * CHUNKS, 32):
-            truth = clips(list(range(seed, seed + 32)), device=DEVICE)
+        for seed in range(60_000_000, 60_000_000 + CHUNK * chunks, 32):
+            truth = clips(list(range(seed, seed + 32)), device=DEVICE, lurch=lurch)
             c, s, d, a = truth.attributes.T
             parts.append({"z": vae.encode(truth.pixels, 4).half(), "row": ((c * 3 + s) * 4 + d) * 3 + a,
                           "cells": F.avg_pool2d(truth.coverage, 4).mul(255).round().byte()})
         pool = {k: torch.cat([p[k] for p in parts]).contiguous().cpu() for k in parts[0]}
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(pool, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     return load_file(path)

@@ -38,7 +38,7 @@ class Clip(NamedTuple):
     prompts: list[str]
     flow: Tensor                                                            # [B, 2, T-1, H, W] px/frame, exact
     position: Tensor                                                        # [B, T, 2] centroid (x, y), px
-    velocity: Tensor                                                        # [B, 2] px/frame, constant in time
+    velocity: Tensor                                                        # [B, 2] px/frame, without lurches
     coverage: Tensor                                                        # [B, T, H, W] the shape's share of a pixel
     attributes: Tensor                                                      # [B, 4] as `prompt` takes them
     radius: Tensor                                                          # [B] px
@@ -118,8 +118,12 @@ def draw(seed: int, motion_rich: bool) -> tuple[list[int], list[float]]:
     return [colour, shape, direction, adverb], [low + u[5] * (high - low), angle, radius, *u[8:13]]
 
 
-def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.device = "cpu") -> Clip:
-    """Render one clip per seed, with its exact flow and state; a clip depends on its own seed only."""
+def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.device = "cpu", lurch: float = 0.) -> Clip:
+    """Render one clip per seed, with its exact flow and state; a clip depends on its own seed only.
+
+    lurch: share by which the speed falls for four frames, rises for four, and so on: motion that is wrong in time
+    alone. A faster wobble would be of no use: the VAE, four frames a latent, decodes an alternation of .59 as .05.
+    """
     picks, numbers = zip(*(draw(int(s), motion_rich) for s in seeds))
     picks, numbers = torch.tensor(picks, device=device), torch.tensor(numbers, device=device)   # [B, 4], [B, 8]
     speed, angle, radius, tint = numbers[:, 0], numbers[:, 1], numbers[:, 2], .44 + .06 * (2 * numbers[:, 5:8] - 1)
@@ -128,9 +132,12 @@ def clips(seeds: list[int], motion_rich: bool = False, device: str | torch.devic
     low = margin - travel.clamp(max=0)                          # the whole path keeps the shape inside the frame
     start = low + numbers[:, 3:5] * (SIZE - 1 - 2 * margin - travel.abs()).clamp(min=0)
     position = start[:, None] + velocity[:, None] * torch.arange(FRAMES, device=device)[:, None]      # [B, T, 2]
+    ahead = 4 * (torch.arange(FRAMES, device=device) % 8 / 4 - 1).abs() - 2     # frames, from 2 to -2 and back, [T]
+    position = position + lurch * ahead[:, None] * velocity[:, None]
     coverage = silhouette(picks[:, 1], position, radius)                                        # [B, T, H, W]
     pixels = paint(torch.tensor(list(COLOURS.values()), device=device)[picks[:, 0]], tint, position, radius, coverage)
-    flow = velocity[:, :, None, None, None] * (coverage[:, None, :-1] > .5)                     # [B, 2, T-1, H, W]
+    speed = velocity[:, :, None] * (1 + lurch * ahead.diff())                                   # [B, 2, T-1]
+    flow = speed[..., None, None] * (coverage[:, None, :-1] > .5)                                # [B, 2, T-1, H, W]
     return Clip(pixels, [prompt(*p) for p in picks.tolist()], flow, position, velocity, coverage, picks, radius)
 
 
@@ -205,11 +212,13 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
     blobs (most in any frame; 0 if some frame has none), one_blob (bool), position [B, T, 2] px, area [B, T] px,
     velocity [B, 2] and net_speed (end to end), path_speed (mean length of a step), px/frame, and jitter (mean length
     of the second difference of position, px/frame^2); jitter_ratio (jitter per path speed, 0 to about 2) and
-    `alternation`, both NaN where the path is slower than MOVES.
+    `alternation`, both NaN where the path is slower than MOVES; wander, px, by which the path misses uniform motion
+    (root mean square).
 
-    CHOICE: the last two follow a finer centroid, to which a pixel on the edge counts by its share: the mask's own moves
-    in leaps, in twos at half a pixel a frame. On rendered clips that leaves a ratio of .08 instead of .39, alternation
-    of .01 instead of .06; through the VAE .25 and .07. Under MOVES the VAE's wobble is most of a step: no figure.
+    CHOICE: the last three follow a finer centroid, to which a pixel on the edge counts by its share: the mask's own
+    moves in leaps, in twos at half a pixel a frame. On rendered clips that leaves a ratio of .08 instead of .39,
+    alternation of .01 instead of .06, wander of .03; through the VAE .25, .07 and .2. Under MOVES the VAE's wobble is
+    most of a step: no figure per speed.
     """
     rgb = pixels.clamp(-1, 1).add(1).div(2)
     chroma = rgb.amax(1) - rgb.amin(1)                                                            # [B, T, H, W]
@@ -223,6 +232,8 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
     blobs = torch.where((blobs == 0).any(1), 0., blobs.amax(1))
     step, velocity = position.diff(dim=1), (position[:, -1] - position[:, 0]) / (area.shape[1] - 1)
     fine_step = fine.diff(dim=1)
+    time = torch.arange(area.shape[1], device=mean.device) - (area.shape[1] - 1) / 2
+    uniform = (fine * time[:, None]).sum(1, keepdim=True) / time.square().sum() * time[:, None]   # [B, T, 2]
     fine_speed = fine_step.norm(dim=2).mean(1)
     per_speed = lambda value: torch.where(fine_speed > MOVES, value, torch.nan)
     compass = torch.tensor(list(DIRECTIONS.values()), device=mean.device)
@@ -232,7 +243,8 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
             "net_speed": velocity.norm(dim=1), "path_speed": step.norm(dim=2).mean(1),
             "jitter": step.diff(dim=1).norm(dim=2).mean(1), "blobs": blobs, "one_blob": blobs == 1,
             "jitter_ratio": per_speed(fine_step.diff(dim=1).norm(dim=2).mean(1) / fine_speed),
-            "alternation": per_speed(alternation(fine_step))}
+            "alternation": per_speed(alternation(fine_step)),
+            "wander": (fine - fine.mean(1, keepdim=True) - uniform).square().sum(2).mean(1).sqrt()}
 
 
 def measure(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -248,7 +260,7 @@ def measure(pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
     of = lambda mask, value: torch.where(mask, value.float(), torch.nan)
     return {**right, "direction": of((adverb > 0) | (speed > STILL[1]), right["direction"]),
             "one_blob": seen["one_blob"].float(), "iou": seen["iou"], "jitter": seen["jitter"],
-            "jitter_ratio": seen["jitter_ratio"], "alternation": seen["alternation"],
+            "jitter_ratio": seen["jitter_ratio"], "alternation": seen["alternation"], "wander": seen["wander"],
             "net_speed": speed, "path_speed": seen["path_speed"],
             "slowly": of(adverb == 1, speed), "quickly": of(adverb == 2, speed), "plain_speed": of(adverb == 0, speed),
             "dynamic": of(adverb == 0, speed > 1), "still": of(adverb == 0, speed < MOVES)}
