@@ -1436,6 +1436,13 @@ def test_kept_exports_are_numbered_and_sampled_by_number(tmp_path, monkeypatch, 
     assert "--keep_every" in capsys.readouterr().err
 
 
+def test_kept_generators_become_curves_of_the_report():
+    rows = [[{"scores": {"dynamic": value}}, {"scores": {}}] for value in (0.5, 0.25, 0.75)]
+    curves = scores.over_cycles(["mogan-300", "mogan-20", "dmd"], rows, {"dynamic": "dynamics"})
+    assert curves == {"mogan, kept generators": {"dynamics": [(20, 0.25), (300, 0.5)]}}
+    assert "polyline" in report.curves_html(curves)
+
+
 def test_log_warns_when_one_side_has_won(tmp_path, capsys):
     log = checkpoint.Log(train.Config(out=str(tmp_path)), 0)
     for cycle in range(checkpoint.WATCHED + 1):
