@@ -1680,9 +1680,10 @@ def test_cost_is_what_a_cpu_allocates_and_computes(monkeypatch, flags):
     at = np.searchsorted([when for when, _ in events], times)
     peaks = [live[a:b].max() - live[at[0] - 1] for a, b in zip(at, at[1:])]
     *_, updates = cost.counted(toy_cycle(**flags))
+    near = 0.15 if flags else 0.05  # a CPU without bf16 instructions takes room to convert
     assert [key for key, *_ in updates] == list(cost.UPDATES)
     for (key, size, work), peak, before, after in zip(updates, peaks, totals[:-1], totals[1:], strict=True):
-        assert flop(work) == after - before and abs(size / peak - 1) < 0.05, (key, size, peak, work, after - before)
+        assert flop(work) == after - before and abs(size / peak - 1) < near, (key, size, peak, work, after - before)
 
 
 def test_cost_multiplies_to_a_whole_cycle(monkeypatch):
