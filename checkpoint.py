@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
@@ -132,7 +133,7 @@ def export(cfg, cycle, net, name, state=None):
             path.with_suffix(".part").rename(path)
 
 
-WATCHED = 20  # full cycles, over which these means should stay in these ranges, and what to do where they do not
+WATCHED = 20  # full cycles, whose median should lie in these ranges, and what to do where it does not
 RANGES = {
     "gan_d": (0.1, 1.35, "the discriminator has won: more --lambda_r1 and --lambda_r2, or hacks/random_t_star.patch",
               "chance is 1.39: a --flow_scale nearer to the clips' speed, more --discriminator_warmup"),
@@ -143,7 +144,7 @@ RANGES = {
 class Log:
     """A run's settings in config.json; a line a cycle on the screen and a JSON object in log.jsonl. Rank 0 writes.
 
-    A full cycle's `balance` is norm_gan / norm_dmd. What leaves its range in RANGES is said, once.
+    A full cycle's `balance` is norm_gan / norm_dmd. What leaves its range in RANGES is said.
     """
 
     def __init__(self, cfg, start):
@@ -162,12 +163,12 @@ class Log:
         if "norm_gan" in values and values.get("norm_dmd"):
             values["balance"] = values["norm_gan"] / values["norm_dmd"]
         for name, recent in self.recent.items() if "norm_gan" in values else ():
-            recent.append(values.get(name, math.nan))
             low, high, below, above = RANGES[name]
-            mean = sum(recent) / len(recent)
-            if len(recent) == WATCHED and not low <= mean <= high and mean == mean:
-                advice = below if mean < low else above
-                print0(f"{name} is {mean:.3g} over {WATCHED} cycles, not {low} to {high}: {advice}")
+            recent.append(values.get(name, high))
+            middle = statistics.median(recent)
+            if len(recent) == WATCHED and not low <= middle <= high:
+                advice = below if middle < low else above
+                print0(f"{name} is {middle:.3g} over {WATCHED} cycles, not {low} to {high}: {advice}")
                 recent.clear()
         if torch.cuda.is_initialized():
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30  # of rank 0

@@ -1449,7 +1449,7 @@ def test_log_warns_when_one_side_has_won(tmp_path, capsys):
         log.write({"cycle": cycle, "gan_d": 0.01 if cycle else 1.3, "norm_gan": 5.0, "norm_dmd": 1.0})
     told = capsys.readouterr().out
     assert "balance 5" in told and "balance is 5 over 20 cycles, not 0.3 to 3.0: one AdamW" in told
-    assert "gan_d is 0.0745 over 20 cycles" in told and told.count("over 20 cycles") == 2
+    assert "gan_d is 0.01 over 20 cycles" in told and told.count("over 20 cycles") == 2
 
 
 def test_resume_tells_what_changed_and_spares_copies(tmp_path, capsys):
