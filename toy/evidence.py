@@ -73,15 +73,11 @@ ARMS = {
     "two_optimizers": "--discriminator_warmup 10 --cycles 30 two_optimizers.patch",
     "ema": "--discriminator_warmup 10 --cycles 30 --ema 0.9",  # judged by its averaged generator
 }
-COLUMNS = {  # figures of world.measure, and how the tables call them
-    "dynamic": "over 1 px/frame", "plain_speed": "no adverb, px/frame", "slowly": "slowly", "quickly": "quickly",
-    "path_speed": "path speed", "net_speed": "net speed", "jitter_ratio": "jitter / speed",
-    "alternation": "alternation", "wander": "wander, px", "iou": "IoU", "one_blob": "one blob", "colour": "colour",
-    "shape": "shape", "direction": "direction", "jitter": "jitter", "jitter_fast": "jitter, fast",
-    "wander_fast": "wander, fast", "iou_fast": "IoU, fast", "one_blob_fast": "one blob, fast"}
-FIGURES = [key for key in COLUMNS if not key.endswith("_fast")]
-DIFFERENCES = ("dynamic", "slowly", "path_speed", "jitter_ratio", "alternation", "wander_fast", "iou", "one_blob",
-               "shape", "jitter_fast", "iou_fast")
+COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast: see stack
+    "dynamic": "moving", "slowly": "slowly", "path_speed": "speed", "wander_fast": "wander, fast",
+    "jitter_ratio": "jitter / speed", "iou_fast": "IoU, fast", "iou": "IoU", "one_blob": "one blob", "shape": "shape"}
+FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", "wander", "jitter", "alternation",
+           "plain_speed", "quickly", "colour", "direction"]
 NEW = "speed_reward", "named", "caption", "matched", "stutter"
 CONTROLS = {"dmd": ("teacher", "student", "mogan", "before", "no_dmd", "no_r", "latent_gan"),
             "dmd_60": ("mogan_30", *NEW), "mogan_30": NEW,
@@ -207,8 +203,7 @@ def stack(results, arm):
     if rows:
         x = {key: np.array([row.get(key, [math.nan] * 200) for row in rows], dtype=float) for key in FIGURES}
         fast = x["net_speed"] > 1.2
-        return x | {f"{key}_fast": np.where(fast, x[key], np.nan) for key in (
-            "jitter", "wander", "iou", "one_blob")}
+        return x | {f"{key}_fast": np.where(fast, x[key], np.nan) for key in ("wander", "iou")}
 
 
 def bootstrap(a, b, rounds=2000):
@@ -235,17 +230,19 @@ def table():
         if x := stack(results, arm):
             print(f"| {arm} | {len(x['iou'])} | " + " | ".join(cell(x[key]) for key in COLUMNS) + " |")
     for against, arms in CONTROLS.items():
-        print(head(f"minus {against}", *(COLUMNS[key] for key in DIFFERENCES)))
+        print(head(f"minus {against}", *COLUMNS.values()))
         base = stack(results, against)
         for arm in arms:
             if base and (x := stack(results, arm)):
                 cells = ["–" if np.isnan(x[key]).all() or np.isnan(base[key]).all() else
-                         "%+.3f [%+.3f, %+.3f]" % bootstrap(x[key], base[key]) for key in DIFFERENCES]
+                         "%+.3f [%+.3f, %+.3f]" % bootstrap(x[key], base[key]) for key in COLUMNS]
                 print(f"| {arm} | " + " | ".join(cells) + " |")
     print(head("arm, mean over the last ten cycles", *LOGGED))
-    for name, row in sorted(results.items()):
-        if "log" in row:
-            print(f"| {name} | " + " | ".join(f"{row['log'].get(key, math.nan):.4g}" for key in LOGGED) + " |")
+    for arm in ARMS:
+        logs = [row["log"] for name, row in results.items() if name.rsplit("-", 1)[0] == arm]
+        cells = [cell(np.array([log.get(key, math.nan) for log in logs])) for key in LOGGED]
+        if set(cells) != {"–"}:
+            print(f"| {arm} | " + " | ".join(cells) + " |")
 
 
 @torch.no_grad()
