@@ -319,7 +319,7 @@ def test_umt5_official_keys_are_those_of_transformers():
 
 def test_motion_tensor():
     flow = torch.zeros(1, 2, 4, 8, 8)
-    vectors = [(3.0, -4.0), (-8.0, 6.0), (0.0, 0.0), (3.0, -4.0)]  # a different one in each frame, and one again
+    vectors = [(3.0, -4.0), (-8.0, 6.0), (0.0, 0.0), (5.0, 12.0)]  # a different one in each frame
     flow[0] = torch.tensor(vectors).T[:, :, None, None]
     o = motion_tensor(flow.requires_grad_(), scale=5.0)
     assert o.shape == (1, 3, 5, 8, 8)
@@ -1362,10 +1362,6 @@ def test_frozen_sharded_net_collects_no_gradient(shard):
     with train.frozen(net):
         net(o, torch.zeros(1), context).sum().backward()
     assert o.grad.abs().max() > 0 and all(p.grad is None for p in net.parameters())
-    with train.frozen(net, net.trunk):
-        net(o, torch.zeros(1), context).sum().backward()
-    assert all(p.grad is None for p in net.trunk.parameters())
-    assert all(p.grad is not None for p in net.heads.parameters())
     net(o, torch.zeros(1), context).sum().backward()
     learning = {name for name, p in net.named_parameters() if p.grad is not None}
     assert learning == {name for name, _ in net.named_parameters() if "trunk.blocks.0." not in name}

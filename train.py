@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -167,10 +167,10 @@ def shard(net, mesh, dtype, cfg):
 
 
 @contextmanager
-def frozen(net, part=None):
-    """Freeze a sharded network, or a part of it, for a while; what was frozen before stays so."""
+def frozen(net):
+    """Freeze a sharded network for a while; what was frozen before stays so."""
     net.reshard()  # a forward without backward leaves the root gathered: the flag would miss its shards
-    parameters = [p for p in (part or net).parameters() if p.requires_grad]
+    parameters = [p for p in net.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     yield
@@ -470,16 +470,15 @@ def train(cfg):
         # 4. Discriminator: real against generated motion, with R1 and R2.      Alg. 1 l.15-18, Eq. 4, 6-8
         if phase in ("discriminator_warmup", "mogan"):
             sums = {}
-            with nullcontext() if phase == "mogan" else frozen(discriminator, discriminator.trunk):
-                for z0, (index, weight) in zip(rollouts, discriminator_micro_batches(cfg)):
-                    with torch.no_grad():
-                        seen = torch.cat([encode_real(*next(reals)), encode_generated(z0, window_start)])
-                    noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
-                    # CHOICE: the noise of R1 and R2 on latents.
-                    real, gen, noised_real, noised_gen = logits(torch.cat([seen, seen + cfg.sigma * noise])).chunk(4)
-                    gan_d, _, r1, r2 = add(sums, weight, gan_d=gan_d_loss(real, gen), accuracy=(real > gen).float(),
-                        r1=r_loss(real, noised_real, cfg.sigma), r2=r_loss(gen, noised_gen, cfg.sigma))
-                    (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
+            for z0, (index, weight) in zip(rollouts, discriminator_micro_batches(cfg)):
+                with torch.no_grad():
+                    seen = torch.cat([encode_real(*next(reals)), encode_generated(z0, window_start)])
+                noise = Draw(cfg.seed, cycle, "judge", index).noise(seen.shape[1:], 2).flatten(0, 1).to(device)
+                # CHOICE: the noise of R1 and R2 on latents.
+                real, gen, noised_real, noised_gen = logits(torch.cat([seen, seen + cfg.sigma * noise])).chunk(4)
+                gan_d, _, r1, r2 = add(sums, weight, gan_d=gan_d_loss(real, gen), accuracy=(real > gen).float(),
+                    r1=r_loss(real, noised_real, cfg.sigma), r2=r_loss(gen, noised_gen, cfg.sigma))
+                (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
             figures |= update("discriminator", sums, "discriminator")
             state["separation"].lerp_(torch.tensor(figures["gan_d"]), 0.2)
 

@@ -48,14 +48,15 @@ ARMS = {
     "mogan_30": "--cycles 30",
     "dmd_60": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "speed_reward": "--cycles 30 --discriminator_warmup 0 --lambda_g .7 speed_reward.patch",
-    "named": "--cycles 30 named.patch",
-    "caption": "--cycles 30 named.patch caption.patch",
+    "named": "--cycles 30 --discriminator_warmup 120 named.patch",
+    "caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
     "matched": "--cycles 30 matched.patch",
     "stutter": "--cycles 30 stutter.patch",
     "lurch_dmd": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "lurch_mogan": "--cycles 30 matched.patch",
-    "lurch_caption": "--cycles 30 named.patch caption.patch",
-    # Before the discriminator's warm-up went on until it separates (10 cycles always) and windows reached the ends:
+    "lurch_caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
+    # Before windows reached the ends and the discriminator warmed up, whole, until it separates (then: 10 cycles, its
+    # heads alone, which the flag does not bring back):
     "before": "--discriminator_warmup 10",
     "no_dmd": "--discriminator_warmup 10 --no-dmd",
     "no_r": "--discriminator_warmup 10 --lambda_r1 0 --lambda_r2 0",
@@ -153,9 +154,8 @@ def pixels_of(name, seed, pairs):
 
 def run(arms, seeds, jobs):
     pairs = held_out(200)
-    results = read_results()
     todo = [(arm, seed) for seed in seeds for arm in arms if arm not in FIXED or seed == 0]
-    done = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" in results]
+    done = [(arm, seed) for arm, seed in todo if f"{arm}-{seed}" in read_results()]
     for arm, seed in done:
         print(f"{arm}-{seed}: already in {RESULTS.relative_to(REPO)}")
     todo = [pair for pair in todo if pair not in done]
@@ -181,7 +181,7 @@ def run(arms, seeds, jobs):
             lines = (RUNS / f"{arm}-{seed}" / "log.jsonl").read_text().splitlines()[-11:]
             log = {key: [r[key] for r in map(json.loads, lines) if key in r] for key in LOGGED}
             row["log"] = {key: round(sum(values) / len(values), 5) for key, values in log.items() if values}
-        results[f"{arm}-{seed}"] = row
+        results = {**read_results(), f"{arm}-{seed}": row}  # another process may have added its arms
         text = json.dumps(results, sort_keys=True).replace("NaN", "null").replace('}, "', '},\n"')
         part = RESULTS.with_suffix(".part")
         part.write_text(text + "\n")
