@@ -64,7 +64,7 @@ import train
 import vae
 import weights as files
 from amt import AMT
-from discriminator import MotionDiscriminator, motion_tensor
+from discriminator import MotionDiscriminator, PredictionHead, motion_tensor
 from model import (CONFIGS, DiTConfig, WanDiT, add_noise, few_step, few_step_times, load_dit, sample_noise, save_dit,
                    velocity_to_x0)
 from musiq import MUSIQ
@@ -342,6 +342,14 @@ def test_discriminator_starts_from_the_dit():
     for taps in (0, 3), (1, 1), (1, 0):
         with pytest.raises(ValueError, match="rising taps below 3"):
             MotionDiscriminator(TINY, taps)
+
+
+def test_a_head_reads_a_block_as_apts():
+    torch.manual_seed(0)
+    head, x = PredictionHead(TINY).double(), torch.randn(2, 7, TINY.dim, dtype=torch.float64)
+    token = head.token + head.attn(head.token.expand(2, 1, -1), head.norm(x))
+    want = token + head.mlp(head.norm_mlp(token))
+    torch.testing.assert_close(head(x), want[:, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_reaches_the_pixels_and_every_parameter():
