@@ -8,6 +8,7 @@ import os
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU, processes would want one each and goldens their own tolerances
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads wait for each other at these sizes
 
+import collections
 import contextlib
 import copy
 import gc
@@ -260,6 +261,15 @@ def test_few_step_gradient_is_of_the_last_call_only():
 def test_noise_depends_on_the_sample_only():
     both = sample_noise([5, 6], (2, 3), 4)
     assert both.shape == (4, 2, 2, 3) and torch.equal(both[:, 1:], sample_noise([6], (2, 3), 4))
+
+
+def test_draws_of_one_sample_are_independent_and_windows_reach_the_ends():
+    draw = model.Draw(0, 3, "dmd", [4])
+    assert not torch.equal(draw.noise((2, 3), 1)[0], draw.renoise((2, 3)))
+    starts = collections.Counter(model.Draw(0, cycle, "gan", []).window(21, 13) for cycle in range(1000))
+    assert sorted(starts) == list(range(9))  # as the docstring says: the ends 13 times in 33, any other place once
+    assert [starts[0] / 1000, starts[8] / 1000] == pytest.approx([13 / 33] * 2, abs=0.05)
+    assert model.Draw(0, 0, "gan", []).window(5, 5) == 0
 
 
 def tiny_text_encoder(folder, words="a red circle moving right quickly"):
@@ -738,11 +748,11 @@ def test_raft_image_gradient(size):
 def test_video_flow_equals_pair_by_pair():
     torch.manual_seed(0)
     net = RAFT(raft.CONFIGS["toy"]).requires_grad_(False)
-    x = torch.randn(2, 3, 4, 30, 41, requires_grad=True)
+    x = torch.randn(2, 3, 4, 32, 41, requires_grad=True)
     pairs = []
     for t in range(3):
         (first, (left, _, top, _)), (second, _) = (raft.pad_to_cells(x[:, :, i], 4) for i in (t, t + 1))
-        pairs.append(net(first, second, 3)[:, :, top : top + 30, left : left + 41])
+        pairs.append(net(first, second, 3)[:, :, top : top + 32, left : left + 41])
     plain = torch.stack(pairs, dim=2)
     weight = torch.randn_like(plain)
     want = torch.autograd.grad((weight * plain).sum(), x)[0]
@@ -751,7 +761,7 @@ def test_video_flow_equals_pair_by_pair():
         torch.testing.assert_close(flow, plain, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(torch.autograd.grad((weight * flow).sum(), x)[0], want, atol=1e-4, rtol=1e-3)
     assert want.abs().amax(dim=(0, 1, 3, 4)).min() > 0  # every frame has a share in the flow
-    assert raft.pad_to_cells(x[:, :, 0], 4)[1] == (1, 2, 1, 1)  # 30x41: the odd pixel goes right
+    assert raft.pad_to_cells(x[:, :, 0], 4)[1] == (1, 2, 0, 0)  # 32x41: the odd pixel goes right
     half = x.detach().bfloat16()
     flow, want = raft.video_flow(net, half, 3), raft.video_flow(net, half.float(), 3)
     torch.testing.assert_close(flow, want, atol=0, rtol=0)
