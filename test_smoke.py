@@ -1427,8 +1427,15 @@ def test_the_discriminators_warmup_ends_when_it_separates(tmp_path, monkeypatch)
     weights, flags = tiny_weights(tmp_path / "weights"), "--discriminator_warmup 3 --cycles 2 --save_every 1".split()
     capped = run(weights, tmp_path / "cap", *flags)
     assert [row["cycle"] for row in capped] == [0, 1, 2, 3, 4]  # it has learned nothing
-    monkeypatch.setattr(train, "gan_d_loss", lambda real, gen: 0.1 * F.softplus(gen - real))
+    ranked = []
+
+    def easy(real, gen):
+        ranked.extend((real > gen).float().tolist())
+        return 0.1 * F.softplus(gen - real)
+
+    monkeypatch.setattr(train, "gan_d_loss", easy)
     rows = run(weights, tmp_path / "run", *flags)
+    assert rows[0]["accuracy"] == pytest.approx(sum(ranked[:3]) / 3)  # three pairs, and one of padding
     assert [(row["cycle"], row["phase"]) for row in rows] == [(0, "discriminator_warmup"), (3, "mogan"), (4, "mogan")]
     shutil.rmtree(tmp_path / "run" / "checkpoint-000005")
     assert run(weights, tmp_path / "run", *flags) == rows
