@@ -2,17 +2,26 @@
 
 import argparse
 import contextlib
+import ctypes
 import inspect
-import math
 import os
 import re
+import shutil
+import signal
 import sys
 from dataclasses import fields
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
+
+LESS_MEMORY = {  # what to change where it ran out
+    "train.py": "more ranks, --micro_batch 1, fewer --frames and a shorter --window (cost.py counts what a rank takes)",
+    "sample.py": "--batch_size 1, fewer --frames, --text_device cpu",
+    "curate.py": "fewer --workers",
+}
 
 
 def rank():
@@ -23,10 +32,15 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def printable(text):
+    """Text from file names or data for a terminal: what would steer it, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def print0(line):
     """A line on rank 0's screen, above a progress bar if there is one."""
     if rank() == 0:
-        tqdm.write(line)
+        tqdm.write(printable(line))
         sys.stdout.flush()
 
 
@@ -63,16 +77,16 @@ def gathered(items):
     return sum(everyone, [])
 
 
-def given_flags(config, argv, description):
+def given_flags(config, argv, doc, ranges):
     """{name: value} of the flags in argv, one for each field of a dataclass; a field's comment is its help text.
 
     A tuple takes several numbers, a boolean is --NAME or --no-NAME. Raises ValueError for anything unknown, and for
-    numbers that are negative (but for a default) or not finite.
+    numbers outside {name: (least, most)}, else (0, 100000), but for a default.
     """
     def refuse(message):
         raise ValueError(f"{message} (--help lists the flags)")
 
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=description,
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(doc or "").split("\n")[0],  # None: python -OO
                                      formatter_class=lambda prog: argparse.HelpFormatter(prog, width=120))
     parser.error = refuse  # argparse would print its usage around the one line
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config), re.M))
@@ -84,9 +98,9 @@ def given_flags(config, argv, description):
         parser.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=text, **kind)
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
-        if isinstance(value, (int, float)):
-            expect(math.isfinite(value) and (value >= 0 or value == getattr(config, name)),
-                   f"--{name} of 0 or more", value)
+        low, high = ranges.get(name, (0, 10**5))
+        for number in value if isinstance(value, list) else [value] * isinstance(value, (int, float)):
+            expect(low <= number <= high or number == getattr(config, name), f"--{name} from {low} to {high}", number)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
 
 
@@ -105,24 +119,65 @@ def expect(ok, what, got):
         raise ValueError(f"expected {what}, got {got}")
 
 
-def fail(script, line):
+def gb(size):
+    return f"{size / 1e9:.3g} GB"
+
+
+@contextlib.contextmanager
+def writing(path, size=0):
+    """Write a file or folder of so many bytes, 0: few; ValueError, with the room there, if that does not work."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        wanted = f"{gb(size)} wanted, " * (size > 0)
+        raise ValueError(f"{path} cannot be written ({wanted}{gb(shutil.disk_usage(path.parent).free)} free there): "
+                         f"{error}") from None
+
+
+def fail(script, line, status=2):
     """End with one line on stderr, said once per node, or, once the process group is up, by every rank that fails."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized():
-        tqdm.write(f"{script}: {line}", file=sys.stderr)
+    if line and (os.environ.get("LOCAL_RANK", "0") == "0" or dist.is_initialized()):
+        tqdm.write(f"{script}: {printable(line)}", file=sys.stderr)
         sys.stderr.flush()
     if dist.is_initialized() and world() > 1:
-        os._exit(2)  # leaving the group in order would wait for the other ranks' collectives
+        os._exit(status)  # leaving the group in order would wait for the other ranks' collectives
     if dist.is_initialized():
         dist.destroy_process_group()
-    sys.exit(2)
+    sys.exit(status)
+
+
+def stdout_is_closed():
+    """Whether nobody reads what is printed, as after `| head`; then what is yet unprinted goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return True
 
 
 @contextlib.contextmanager
 def one_line(script):
-    """Run a script's body: bad input and files end it with one line and status 2, not with a traceback."""
+    """Run a script's body: what goes wrong outside of it ends it with one line and status 2, not with a traceback.
+
+    That is bad input and files, no room on a disk or in memory; Ctrl-C (status 130) and a closed stdout (141).
+    """
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")  # `>&-`
+    if dist.is_torchelastic_launched() and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a rank ends with torchrun, however that ends
     try:
         yield
-    except (ValueError, OSError) as error:
-        fail(script, str(error).splitlines()[0])
+    except KeyboardInterrupt:
+        fail(script, "stopped: what is written is kept, the same command goes on from there" * (rank() == 0), 130)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, BrokenPipeError) and stdout_is_closed():
+            fail(script, "", 141)
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", line):
+            fail(script, f"out of memory: {LESS_MEMORY.get(script, 'close other programs')} ({line[:200]})")
+        if isinstance(error, RuntimeError):
+            raise
+        fail(script, line)
+    if stdout_is_closed():
+        fail(script, "", 141)
     if dist.is_initialized():
         dist.destroy_process_group()

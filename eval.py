@@ -35,10 +35,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import rank, world
+from cli import printable, rank, world
 from metrics import FILES, FOLDER, find_file, load_metrics
 from raft import load_raft
-from report import fingerprint, printable, read_jsonl, read_run, write_report
+from report import fingerprint, read_jsonl, read_run, write_report
 from sample import find_device
 from text import prompt_of, read_prompts
 from video import SUFFIXES, open_video, read_frames

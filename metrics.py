@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from amt import load_amt
+from cli import printable
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
-from report import fingerprint, printable
+from report import fingerprint
 from weights import REPO, load_strict, read_state_dict
 
 FOLDER = REPO / "weights" / "eval"

@@ -12,7 +12,6 @@ Module attributes carry the official checkpoint's names, so that loading is stri
 
 import functools
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import find_weights, load_strict, official_dit, read_state_dict, save_weights
+from weights import find_weights, load_strict, official_dit, on_meta, read_state_dict, save_weights, stated_config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,10 +348,9 @@ class WanDiT(nn.Module):
 
 def dit_config(state, meta, source):
     """The architecture of a file: from our header, else from its shapes with Wan's head size of 128."""
+    if "config" in meta and "patch_embedding.weight" in state:
+        return stated_config(DiTConfig, meta, source)
     try:
-        if "config" in meta and "patch_embedding.weight" in state:
-            config = json.loads(meta["config"])
-            return DiTConfig(**{**config, "patch": tuple(config["patch"])})
         dim, in_dim, *patch = state["patch_embedding.weight"].shape
         layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
         ffn_dim, freq_dim = len(state["blocks.0.ffn.0.weight"]), state["time_embedding.0.weight"].shape[1]
@@ -367,8 +365,7 @@ def load_dit(path, config=None, dtype=torch.float32, entry=None):
     state, meta = read_state_dict(find_weights(path, "a Wan DiT"), entry)
     state = official_dit(state)
     config = config or dit_config(state, meta, path)
-    with torch.device("meta"):
-        net = WanDiT(config)
+    net = on_meta(WanDiT, config, path)
     return load_strict(net, {key: value.to(dtype) for key, value in state.items()}, path)
 
 

@@ -141,4 +141,4 @@ def load_musiq(path):
     state, _ = read_state_dict(path)
     with torch.device("meta"):
         net = MUSIQ()
-    return load_strict(net, state.get("params", state), path).eval().requires_grad_(False)
+    return load_strict(net, state, path).eval().requires_grad_(False)

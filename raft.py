@@ -6,7 +6,6 @@ of `cfg.stride` pixels, h = H / stride, w = W / stride; coordinates and flow are
 and inputs are cast to them. Attributes carry the names of princeton-vl/RAFT, so that loading is strict.
 """
 
-import json
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import REPO, load_strict, princeton_raft, read_state_dict, save_weights
+from weights import REPO, load_strict, on_meta, princeton_raft, read_state_dict, save_weights, stated_config
 
 GROUP_PIXELS = 4 * 480 * 832  # of the frames or pairs that share one checkpoint in video_flow: memory, not the result
 
@@ -369,8 +368,7 @@ def video_flow(raft, x, iters=12, group=None):
 def raft_config(state, meta, source):
     """The architecture of a file: from our header, else the row of CONFIGS with its stem."""
     if "config" in meta and "fnet.conv1.weight" in state:
-        as_tuple = lambda value: tuple(map(as_tuple, value)) if isinstance(value, list) else value
-        return RAFTConfig(**{key: as_tuple(value) for key, value in json.loads(meta["config"]).items()})
+        return stated_config(RAFTConfig, meta, source)
     stem = state.get("fnet.conv1.weight")
     found = [cfg for cfg in CONFIGS.values() if stem is not None and cfg.widths[0] == len(stem)]
     if not found:
@@ -390,9 +388,7 @@ def load_raft(path, device="cpu"):
     """A frozen fp32 RAFT from a file of princeton's or torchvision's (.pth or .safetensors), or of save_raft."""
     state, meta = read_state_dict(path)
     state = princeton_raft(state)
-    cfg = raft_config(state, meta, path)
-    with torch.device("meta"):
-        net = RAFT(cfg)
+    net = on_meta(RAFT, raft_config(state, meta, path), path)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
     return load_strict(net, state, path).requires_grad_(False).to(device, memory_format=torch.channels_last)
 

@@ -31,11 +31,6 @@ PICTURE_ITERS = 12      # of RAFT
 CURVE_POINTS = 400      # a curve is thinned to about this many
 
 
-def printable(text):
-    """Text from file names or data for a terminal: what would steer it, and bytes that are not UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def fingerprint(path, end=2**16):
     """Size and hash of both ends of a file: tells it from another of its name without reading it whole."""
     with open(path, "rb") as file:

@@ -124,7 +124,7 @@ def parse_flags(argv):
     def refuse(message):
         raise ValueError(f"{message} (sample.py --help lists the flags)")
 
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
     parser.error = refuse  # argparse would print its usage around the one line
     flag = parser.add_argument
     flag("--prompt", action="append", default=[], help="may be repeated")

@@ -17,8 +17,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from cli import printable
 from eval import bootstrap, find_videos, labels_of, show
-from report import as_base64, as_json, fill, fingerprint, printable, write_page
+from report import as_base64, as_json, fill, fingerprint, write_page
 from text import prompt_of, read_prompts
 
 QUESTIONS = {  # the criteria of Sec. 6.3; CHOICE: the wording, which the paper shows only in a picture

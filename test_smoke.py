@@ -17,6 +17,7 @@ import inspect
 import itertools
 import json
 import math
+import pickle
 import re
 import shlex
 import shutil
@@ -41,9 +42,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import UMT5Config, UMT5EncoderModel
@@ -77,7 +79,7 @@ from toy.fit import fit, muon_adamw
 from vae import load_vae
 from video import (BadRun, open_video, read_clip, read_clip_list, read_frames, read_video, real_clips, stride_of,
                    video_files, write_video)
-from weights import WEIGHTS
+from weights import REPO, WEIGHTS
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -223,6 +225,17 @@ def test_wrong_weight_files_are_named(tmp_path):
     for name, message in (("text.pt", "cannot be read"), ("index.json", "index.json, which cannot"),
                           ("other.pt", "expected a Wan DiT"), ("", "none of diffusion_pytorch_model")):
         with pytest.raises(ValueError, match=message):
+            load_dit(tmp_path / name)
+    none = json.dumps(dict(dim=6, heads=0, ffn_dim=4, layers=4))
+    patch = {"patch_embedding.weight": torch.ones(6, 4, 1, 2, 2)}
+    for i, given in enumerate(("[1]", "{", "{}", '{"dim": "a"}', none)):
+        save_file(patch, tmp_path / f"{i}.safetensors", {"config": given})
+    for name, shard in ("self.json", "self.json"), ("outside.json", "../a.safetensors"), ("int.json", 3):
+        (tmp_path / name).write_text(json.dumps({"weight_map": {"a": shard}}))
+    torch.save({"patch_embedding.weight": 3}, tmp_path / "value.pt")
+    torch.save({1: torch.zeros(1)}, tmp_path / "key.pt")
+    for name in *(f"{i}.safetensors" for i in range(5)), "self.json", "outside.json", "int.json", "value.pt", "key.pt":
+        with pytest.raises(ValueError, match=str(tmp_path / name)):
             load_dit(tmp_path / name)
 
 
@@ -1490,7 +1503,7 @@ def test_resume_tells_what_changed_and_spares_copies(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(weights, out, *flags, "--cycles", "3")
     told = capsys.readouterr().err
-    assert "checkpoint-000003, got EOFError: if it is damaged, move it away to go on from checkpoint-000002" in told
+    assert re.search("000003, got other bytes than .*distcp: .* move it away to go on from checkpoint-000002", told)
 
 
 def test_bf16_is_close_to_fp32(tmp_path):
@@ -1600,13 +1613,15 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
     cases = {"--step 3": "unrecognized arguments: --step", "--preset wan": "expected --preset auto, wan1.3b",
              "--batch x": "invalid int value", "--frames 10": "1 \\+ 4k .*got 10: try 9",
              "--height 40": "divisible by 16, got 40 x", "--window 9": "--window 1 to 2",
-             "--height 128": "toy world's real clips, got 128", "--batch -1": "--batch of 0 or more, got -1",
-             "--discriminator_batch 9": "at most batch \\* fake_updates = 4", "--sigma nan": "0 or more, got nan",
+             "--height 128": "toy world's real clips, got 128", "--batch -1": "--batch from 1 to 40",
+             "--discriminator_batch 9": "at most batch \\* fake_updates = 4", "--sigma nan": "1000, got nan",
              f"--videos {empty}": "expected a folder with videos .* found none",
              f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
              f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "text file .*none.txt",
-             f"--weights {empty}": "expected a Wan DiT in", "--micro_batch 0": "--micro_batch above 0, got 0",
-             "--height 0": "divisible by 16, got 0 x", "--no-dmd": "--generator with --no-dmd",
+             f"--weights {empty}": "expected a Wan DiT in", "--micro_batch 0": "1 to 4097, got 0",
+             "--height 0": "--height from 1 to", "--seed 99999999999999999999": "--seed from 0 to",
+             "--samples 100000000": "--samples from 0 to 100000", "--timesteps 1000000 5": "from 0 to",
+             "--no-dmd": "--generator with --no-dmd",
              "--raft none.pth": "RAFT at none.pth: no such file", "--timesteps 500 900": "falling --timesteps"}
     cases |= {f"--weights {mixed(weights, tmp_path / name, name)}": what for name, what in (
         ("vae", "expected a Wan VAE"), ("teacher", "expected a Wan DiT"))}
@@ -1619,7 +1634,8 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
         assert stop.value.code == 2
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("train.py: ") and re.search(message, last), (flags, last)
-    assert not (tmp_path / "run").exists()  # nothing was begun, so nothing is lost
+        assert flags in late or not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]  # nothing was begun, so nothing is lost
 
 
 def test_every_hack_applies_and_trains(tmp_path):
@@ -1655,7 +1671,8 @@ def test_every_choice_is_in_the_readme():
     assert len(rows) > 20
 
 
-def test_help_tells_every_flag(capsys):
+def test_help_tells_every_flag(capsys, monkeypatch):
+    monkeypatch.setattr(train, "__doc__", None)  # as python -OO has it
     with pytest.raises(SystemExit):
         train.main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
@@ -1664,6 +1681,110 @@ def test_help_tells_every_flag(capsys):
         if ": " in line and "=" in line:
             assert f"--{line.split(':')[0].strip()} " in told.replace(",", " ") and line.split("  # ")[1] in told, line
     assert "--dmd, --no-dmd" in told and "cycles between checkpoints" in told
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run's folder, and what ends a script
+
+
+def payload(path):
+    return b"cos\nsystem\n(S'touch %s/ran'\ntR." % os.fsencode(path.parent)
+
+
+def bytes_for_a_tensor(path):  # DCP would load them as a pickle
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    metadata.state_dict_metadata["a"] = BytesStorageMetadata()
+    return pickle.dumps(metadata)
+
+
+@pytest.mark.parametrize("file, instead, renewed", [  # renewed: its checksum
+    (".metadata", payload, True), (".metadata", bytes_for_a_tensor, True),
+    (".metadata", lambda path: payload(path).replace(b"cos\n", b"ctorch.distributed.checkpoint.metadata\nos."), True),
+    (".metadata", lambda path: pickle.dumps({}), True), (".metadata", lambda path: payload(path)[:9], True),
+    ("__0_0.distcp", lambda path: (path / "__0_0.distcp").read_bytes().replace(b"\x3f", b"\x3e", 1), False),
+    ("config.json", lambda _: bytes(99), False), ("config.json", lambda _: b'{"a', False),
+    ("config.json", lambda _: b"[]", False), ("crc32.json", lambda _: b"", False)])
+def test_damaged_checkpoints_are_named_and_run_nothing(tmp_path, capfd, file, instead, renewed):
+    cfg, state, path = train.Config(out=str(tmp_path)), {"a": torch.ones(99)}, tmp_path / "checkpoint-000002"
+    with pytest.raises(SystemExit), cli.one_line("train.py"):
+        cli.setup(cpu=True)
+        for cycle in 1, 2:
+            checkpoint.save(cfg, cycle, state)
+        checkpoint.load(tmp_path, {"a": (got := torch.zeros(99))})
+        assert torch.equal(got, state["a"])
+        (path / file).write_bytes(instead(path))
+        if renewed:
+            sums = dict(map(checkpoint.crc32, (path / ".metadata", path / "__0_0.distcp")))
+            (path / "crc32.json").write_text(json.dumps(sums))
+        checkpoint.begun_with(tmp_path)
+        checkpoint.load(tmp_path, state)
+    [line] = capfd.readouterr().err.splitlines()
+    assert f"networks in {path}, got" in line and line.endswith("move it away to go on from checkpoint-000001")
+    assert (file in line or renewed) and not (tmp_path / "ran").exists()
+
+
+def test_log_after_a_power_loss(tmp_path, capsys):
+    good, bad = b'{"cycle": 1}\n', [bytes(20) + b"\n", b"[1]\n", b'{"cycle": null}\n', b'\xff{"cycle": 1}\n']
+    (tmp_path / "log.jsonl").write_bytes(b"".join([good, *bad, good, b'{"cycle": 2}\n{"cyc']))
+    checkpoint.Log(train.Config(out=str(tmp_path)), 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == 2 * good
+    assert "5 damaged lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("outs, starts, message", [
+    ("aa", "00", ""), ("ab", "00", "every node to see .* at rank 1"), ("aa", "01", "at cycle 0 .* at rank 1"),
+    ("aa", "11", "at cycle 0 .* at rank 0 .*, rank 1"), ("a", "0", "another train.py writes there")])
+def test_a_run_folder_belongs_to_one_run(tmp_path, outs, starts, message):
+    script = ("import sys, checkpoint, cli, time\ncheckpoint.PATIENCE, out, start, stay = 0, *sys.argv[1:]\n"
+              "with cli.one_line('train.py'):\n    cli.setup(cpu=True)\n    checkpoint.claim(out, int(start))\n"
+              "    print('claimed', flush=True)\n    time.sleep(int(stay))")
+
+    def ranks(stay="0"):
+        env = dict(os.environ, WORLD_SIZE=str(len(outs)), LOCAL_WORLD_SIZE=str(len(outs)), MASTER_ADDR="localhost",
+                   MASTER_PORT=str(socket.create_server(("localhost", 0)).getsockname()[1]))
+        return [subprocess.Popen([sys.executable, "-c", script, tmp_path / out, start, stay], stdout=-1, stderr=-1,
+                                 env=dict(env, RANK=str(i), LOCAL_RANK=str(i)), text=True, cwd=REPO)
+                for i, (out, start) in enumerate(zip(outs, starts))]
+
+    holder = ranks("9999") if outs == "a" else []
+    assert all(process.stdout.readline() for process in holder)
+    done = [(process.communicate()[1], process.returncode) for process in ranks()]
+    [process.kill() for process in holder]
+    assert {status for _, status in done} == {2 if message else 0}
+    told = "".join(err for err, _ in done)
+    assert re.search(message, told) and "Traceback" not in told and bool(told) == bool(message)
+
+
+def test_ranks_end_with_their_launcher(tmp_path):
+    (tmp_path / "rank.py").write_text("import os, time, cli\nwith cli.one_line('rank.py'):\n"
+                                      "    print(os.getpid(), flush=True)\n    time.sleep(9999)")
+    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", tmp_path / "rank.py"],
+                                text=True, stdout=-1, env=dict(os.environ, PYTHONPATH=str(REPO)))
+    rank = Path("/proc") / launcher.stdout.readline().strip() / "stat"
+    launcher.kill()
+    while rank.exists() and rank.read_text().split()[2] != "Z":
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (ValueError("a\nb"), 2, "a"), (ValueError("\x1b[2J\udce9"), 2, "\\x1b[2J\\udce9"), (ValueError(), 2, "Val"),
+    (MemoryError(), 2, "out of memory: --batch_size"), (torch.OutOfMemoryError("CUDA out of memory."), 2, "out of mem"),
+    (RuntimeError("can't allocate memory"), 2, "out of mem"), (KeyboardInterrupt(), 130, "stopped"),
+    (SafetensorError("No space left (os error 28)"), 2, "x.safetensors cannot be written (4e-08 GB wanted, ")])
+def test_errors_become_one_line(capsys, monkeypatch, error, status, line):
+    monkeypatch.setattr(files, "save_file", mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit) as end, cli.one_line("sample.py"):
+        files.write_tensors({"a": torch.zeros(10)}, Path("x.safetensors"))
+    [told] = capsys.readouterr().err.splitlines()
+    assert end.value.code == status and told.startswith(f"sample.py: {line}")
+
+
+@pytest.mark.parametrize("command, told", [
+    ("sample.py --prompts no >&-", "no"),
+    ("-c 'import cli\nwith cli.one_line(\"x\"):\n    [cli.print0(\"y\") for _ in range(99999)]' | head -1", "y")])
+def test_odd_ways_to_start(command, told):
+    done = subprocess.run(f"{sys.executable} {command}", shell=True, cwd=REPO, capture_output=True, text=True)
+    assert told in done.stdout + done.stderr and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from cli import expect, print0
 from video import open_video
-from weights import find_weights, load_strict, read_state_dict, rename, write_tensors
+from weights import find_weights, load_strict, on_meta, read_state_dict, rename, write_tensors
 
 # Wan's own negative prompt (Wan-Video/Wan2.1, shared_config.py); DMD teachers were guided with it.
 WAN_NEGATIVE = (
@@ -161,9 +161,12 @@ def load_text_encoder(path, device="cpu"):
     toy, official = path / "text.safetensors", path / "models_t5_umt5-xxl-enc-bf16.pth"
     if toy.exists():
         state, meta = read_state_dict(toy)
-        config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
-        vocab = {word: i for i, word in enumerate(words)}
-        text_len, tokenize = config.pop("text_len"), functools.partial(words_to_ids, vocab=vocab)
+        try:
+            config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
+            vocab, text_len = {word: i for i, word in enumerate(words)}, config.pop("text_len")
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise ValueError(f"expected a config and a vocabulary, as JSON, in the header of {toy}") from None
+        tokenize = functools.partial(words_to_ids, vocab=vocab)
     elif official.exists():
         state, config, text_len = rename(read_state_dict(official)[0], T5_KEYS), UMT5_XXL, 512
         tokenize = load_tokenizer(path / "google" / "umt5-xxl")
@@ -174,12 +177,11 @@ def load_text_encoder(path, device="cpu"):
     else:
         raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
                          "text_encoder/")
-    with torch.device("meta"):
-        model = UMT5EncoderModel(UMT5Config(**config))
+    model = on_meta(lambda config: UMT5EncoderModel(UMT5Config(**config)), config, path)
     dtype = torch.bfloat16 if model.config.d_model == UMT5_XXL["d_model"] else torch.float32
     for key in state:  # one at a time: the official file is bf16, and stays the only copy, mapped from the disk
         state[key] = state[key].to(dtype)
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    state["encoder.embed_tokens.weight"] = state.get("shared.weight", torch.empty(0))
     load_strict(model, state, path)
     model.encoder.embed_tokens = model.shared
     return TextEncoder(model.to(device), tokenize, text_len)

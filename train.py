@@ -109,11 +109,15 @@ PRESETS = {
         lr_discriminator=3e-4, timesteps=(1000, 857, 600), shift=3.0, guidance=1.0, sigma=0.05, window=2,
         raft_iters=4, flow_scale=3.0, taps=(1, 2, 3), checkpointing=False, shard=1),
 }
+RANGES = {  # least and most of flags; of the others 0 and 100,000
+    **dict.fromkeys(("batch", "discriminator_batch", "micro_batch", "fake_updates", "raft_iters", "window"), (1, 4096)),
+    **dict.fromkeys(("height", "width", "frames"), (1, 4097)), "save_every": (1, 10**5), "seed": (0, 10**15),
+    **dict.fromkeys(("sigma", "flow_scale", "shift"), (1e-6, 1000)), "workers": (0, 100)}
 
 
 def parse_flags(argv=None):
     """Config from flags over the preset's row over the defaults; ValueError, one line, for what cannot run."""
-    flags = given_flags(Config, argv, __doc__.split("\n")[0])
+    flags = given_flags(Config, argv, __doc__, RANGES)
     preset = chosen_preset(flags.get("preset", "auto"), PRESETS)
     cfg = Config(**{**PRESETS[preset], **flags, "preset": preset})
     cfg.out, cfg.weights = cfg.out or str(REPO / "runs" / preset), cfg.weights or str(WEIGHTS[preset])
@@ -133,13 +137,10 @@ def parse_flags(argv=None):
 
 def check(cfg):
     """Raise ValueError, one line, for settings that would fail late or be misread."""
-    for name in ("batch", "discriminator_batch", "micro_batch", "fake_updates", "sigma", "raft_iters", "flow_scale",
-                 "window", "save_every", "shift"):
-        expect(getattr(cfg, name) > 0, f"--{name} above 0", getattr(cfg, name))
     expect(cfg.dtype in ("auto", "bf16", "fp32"), "--dtype auto, bf16 or fp32", cfg.dtype)
     size, chunks, rollouts = f"{cfg.height} x {cfg.width}", cfg.frames // 4, cfg.batch * cfg.fake_updates
-    expect(cfg.frames % 4 == 1 and chunks, "--frames 1 + 4k (5, 9, ..., 81)", f"{cfg.frames}: try {4 * chunks + 1}")
-    expect(cfg.height % 16 == cfg.width % 16 == 0 < cfg.height * cfg.width, "sides divisible by 16", size)
+    expect(cfg.frames % 4 == 1 < cfg.frames, "--frames 1 + 4k (5, 9, ..., 81)", f"{cfg.frames}: try {4 * chunks + 1}")
+    expect(cfg.height % 16 == cfg.width % 16 == 0, "sides divisible by 16", size)
     expect(cfg.window <= chunks, f"--window 1 to {chunks} chunks for {cfg.frames} frames", cfg.window)
     expect(cfg.discriminator_batch <= rollouts, f"--discriminator_batch at most batch * fake_updates = {rollouts}, "
            "since it reuses the fake score's samples", cfg.discriminator_batch)
@@ -291,8 +292,7 @@ def adamw(net, lr):
 
 
 def train(cfg):
-    # Bad input should show before anything is loaded.
-    for path in cfg.weights, cfg.generator or cfg.weights, cfg.fake_score or cfg.weights:
+    for path in cfg.weights, cfg.generator or cfg.weights, cfg.fake_score or cfg.weights:  # bad input shows first
         find_weights(path, "a Wan DiT")
     find_weights(find_raft(cfg.weights, cfg.raft), "RAFT")
     prompts, times = read_prompts(cfg.prompts), few_step_times(cfg.timesteps, cfg.shift)
@@ -300,10 +300,7 @@ def train(cfg):
            f"{cfg.discriminator_warmup} of the discriminator before the flow GAN; weights: {cfg.weights}")
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.dmd_warmup
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.cycles
-    out, last = Path(cfg.out), len(phases)
-    start = checkpoint.start_of(cfg, last)
-    if start == last and checkpoint.is_finished(cfg, last):
-        return print0(f"nothing left to train: the run in {out} has done its {last} cycles (--out for another run)")
+    out, last, start = Path(cfg.out), len(phases), checkpoint.start_of(cfg, len(phases))
     keys = [[(cycle, i) for i in index] for cycle in range(max(start, cfg.fake_warmup + cfg.dmd_warmup), last)
             for index, _ in discriminator_micro_batches(cfg)]
     real_frames = cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window
@@ -312,6 +309,9 @@ def train(cfg):
     device, mesh = setup(cfg.shard, cpu=cfg.preset == "toy")
     if keys:  # the first ones now: there may be no usable video; not before, as their pinned memory is this device's
         reals = itertools.chain([next(reals)], reals)
+    checkpoint.claim(out, start)
+    if start == last and checkpoint.is_finished(cfg, last):
+        return print0(f"nothing left to train: the run in {out} has done its {last} cycles (--out for another run)")
     # The text encoder goes before the rest is loaded. Of the prompts it sees those that this run draws, with padding.
     fixed, roles = (NEGATIVE_PROMPT[cfg.preset], PROMPT), ("dmd", "gan", *map("fake{}".format, range(cfg.fake_updates)))
     sampled = [prompts[seed_of("prompt", i) % len(prompts)] for i in range(cfg.samples + -cfg.samples % world())]

@@ -17,7 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from weights import load_strict, official_vae, read_state_dict, save_weights
+from weights import load_strict, official_vae, on_meta, read_state_dict, save_weights, stated_config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers: (x, old_state, new_state) -> y. x and y are lists of frames [B, C, H, W]: a layer that works frame by frame
@@ -407,14 +407,17 @@ class WanVAE(nn.Module):
 def vae_config(state, meta, path):
     """A file's architecture: its header, else Wan's at the file's width, with a config.json's mean and std."""
     if "config" in meta and "encoder.conv1.weight" in state:
-        config = json.loads(meta["config"])
-        return VAEConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in config.items()})
+        return stated_config(VAEConfig, meta, path)
     if not {"encoder.conv1.weight", "conv2.weight"} <= state.keys():
         raise ValueError(f"expected a Wan VAE in {path}, got keys such as {sorted(state)[:3]}")
     dim, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
     beside = path.parent / "config.json"
-    given = json.loads(beside.read_text()) if beside.exists() else {}
-    mean, std = given.get("latents_mean", WAN.latents_mean), given.get("latents_std", WAN.latents_std)
+    try:
+        given = json.loads(beside.read_text()) if beside.exists() else {}
+        mean, std = given.get("latents_mean", WAN.latents_mean), given.get("latents_std", WAN.latents_std)
+        torch.tensor([*mean, *std])
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f"expected latents_mean and latents_std, numbers of a VAE, in {beside}") from None
     if not len(mean) == len(std) == z_dim:
         raise ValueError(f"expected {z_dim} latent means and stds for {path}, got {len(mean)} and {len(std)}: "
                          "save it with save_vae, or put its config.json beside it")
@@ -436,8 +439,7 @@ def load_vae(path, dtype=torch.float32):
         path = found[0]
     state, meta = read_state_dict(path)
     state = official_vae(state)
-    with torch.device("meta"):
-        vae = WanVAE(vae_config(state, meta, path))
+    vae = on_meta(WanVAE, vae_config(state, meta, path), path)
     # In another layout every convolution would reorder its weights anew.
     state = {key: channels_last(v.to(dtype)) if v.ndim == 5 else v.to(dtype) for key, v in state.items()}
     return load_strict(vae, state, path).requires_grad_(False).eval()

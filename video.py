@@ -39,7 +39,7 @@ def write_video(path, x, fps, comment=""):
     x = to_bytes(x.detach().float().clamp(-1, 1)).cpu()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.parent / f".{hashlib.md5(path.name.encode()).hexdigest()[:12]}.part"  # prompts make long names
+    part = path.parent / f".{hashlib.md5(os.fsencode(path.name)).hexdigest()[:12]}.part"  # prompts make long names
     try:
         images = x.permute(1, 2, 3, 0).contiguous().numpy()
         encode_h264(part.absolute(), images, Fraction(fps).limit_denominator(1001), comment)  # as in open_video

@@ -10,13 +10,15 @@ import os
 import re
 import zipfile
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from cli import writing
 
 REPO = Path(__file__).resolve().parent
 WEIGHTS = {  # the folder of each preset; the full-size ones are the hub repositories' own layout
@@ -61,7 +63,7 @@ NUMPY_SCALAR = [np.dtype, type(np.dtype(float)),
 
 
 # What training checkpoints keep the generator under, EMA first; one may hold another.
-WRAPPERS = "generator_ema", "ema", "generator", "model", "model_state", "module", "state_dict"
+WRAPPERS = "generator_ema", "ema", "generator", "model", "model_state", "module", "state_dict", "params"
 
 
 def read_state_dict(path, entry=None):
@@ -72,6 +74,7 @@ def read_state_dict(path, entry=None):
     """
     path = find_weights(path)
     state, meta, shards = {}, {}, []
+    path.open("rb").close()  # the libraries below call a file that may not be read cut short or missing
     try:
         if path.suffix == ".json":
             shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
@@ -86,21 +89,23 @@ def read_state_dict(path, entry=None):
         raise ValueError(f"expected a weights file, got {path}, which cannot be read "
                          f"({type(error).__name__}): it may be cut short, or hold more than tensors") from None
     for shard in shards:
+        if Path(str(shard)).name != shard or shard.endswith(".json"):
+            raise ValueError(f"expected names of weights files beside it in {path}, got {shard!r}")
         state.update(read_state_dict(path.parent / shard)[0])
     if not isinstance(state, dict):
         raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
-    outer = state
+    outer, found = state, None
     while inner := {name: value for name, value in state.items() if isinstance(value, dict) and value}:
-        if entry in inner:
-            return inner[entry], meta
-        found = next((name for name in WRAPPERS if name in inner), None)
+        found = next((name for name in (entry, *WRAPPERS) if name in inner), None)
         if not found:
             break
         state = inner[found]
-    dicts = [name for name, value in outer.items() if isinstance(value, dict)]
-    if entry and dicts:
+        if found == entry:
+            break
+    dicts = [str(name) for name, value in outer.items() if isinstance(value, dict)]
+    if entry and entry != found and dicts:
         raise ValueError(f"expected {entry!r} in {path}, got {', '.join(dicts)}")
-    return state, meta
+    return {str(key): value for key, value in state.items() if isinstance(value, torch.Tensor)}, meta
 
 
 def header(path):
@@ -112,10 +117,11 @@ def header(path):
 
 def write_tensors(state, path, metadata=None):
     """Write a .safetensors that others may read as any new file: the library's are for their owner alone."""
-    save_file(state, path, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(path, 0o666 & ~umask)
+    with writing(path, sum(value.nbytes for value in state.values())):
+        save_file(state, path, metadata=metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(path, 0o666 & ~umask)
 
 
 def save_weights(state, config, path, metadata):
@@ -123,6 +129,30 @@ def save_weights(state, config, path, metadata):
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
     write_tensors(state, path, {"format": "pt", **header})
+
+
+def stated_config(kind, meta, source):
+    """The config, a dataclass of this kind, in a header that save_weights wrote; ValueError for anything else there."""
+    def as_tuple(value):
+        return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+    try:
+        config = kind(**{name: as_tuple(value) for name, value in json.loads(meta["config"]).items()})
+        values = [(getattr(config, field.name), field.type) for field in fields(kind)]
+        if all(isinstance(v, expected) and (expected is tuple or 0 <= v < 2**16) for v, expected in values):
+            return config
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"expected a {kind.__name__} in the header of {source}, got {meta['config'][:80]}")
+
+
+def on_meta(kind, config, source):
+    """A network of this kind without values yet; ValueError if a file's config makes none."""
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:
+        raise ValueError(f"expected a config of which a network can be made in {source}, got {str(config)[:200]} "
+                         f"({type(error).__name__})") from None
 
 
 def load_strict(module, state, source):

@@ -273,7 +273,7 @@ def picture():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("command", choices=("run", "table", "picture"))
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"all, or of {', '.join((*FIXED, *ARMS))}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -470,7 +470,7 @@ PARTS = {"vae": (760, train_vae), "raft": (700, train_raft), "text": (600, train
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("part", choices=[*PARTS, "all"])
     parser.add_argument("--steps", type=int, help="another length of one part; toy/weights are then left as they are")
     args = parser.parse_args(argv)
