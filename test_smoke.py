@@ -1530,6 +1530,18 @@ def test_ablations(tmp_path):
     assert small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
 
 
+def test_every_weight_weighs_its_own_loss(tmp_path, monkeypatch):
+    weights, flags = tiny_weights(tmp_path / "weights"), ("--guidance", "0", "--lambda_d", "0", "--lambda_r1")
+    [none] = run(weights, tmp_path / "none", *flags, "0", "--lambda_r2", "0", "--lambda_g", "0")
+    assert none["norm_gan"] == none["norm_discriminator"] == 0 < none["gan_g"]
+    monkeypatch.setitem(train.NEGATIVE_PROMPT, "toy", "a red red circle")
+    [one] = run(weights, tmp_path / "one", *flags, "1", "--lambda_r2", "0", "--sigma", "0.01")
+    [two] = run(weights, tmp_path / "two", *flags, "0", "--lambda_r2", "1", "--sigma", "0.001")
+    assert one["dmd"] == none["dmd"]  # without guidance the negative prompt is nothing
+    assert one["norm_discriminator"] != two["norm_discriminator"] and two["norm_discriminator"] > 0 < one["norm_gan"]
+    assert [one["r1"], one["r2"]] == pytest.approx([two["r1"], two["r2"]], rel=0.2)  # of the gradient, not of sigma
+
+
 def test_what_was_frozen_before_training_stays_so(tmp_path, monkeypatch):
     weights, load = tiny_weights(tmp_path / "weights"), train.load_networks
 
