@@ -1888,6 +1888,40 @@ def test_cost_tells_what_wan_needs(capsys):
     assert capsys.readouterr().err == "cost.py: expected --ranks that --shard 8 divides, got 12\n"
 
 
+PLANTED = """
+import os, sys
+sys.path.insert(0, "benchmarks")
+import rehearse, torch, train
+motion_tensor = train.motion_tensor
+def planted(flow, scale):
+    seen = flow.detach()
+    seen.cpu(), seen.max().item(), seen[:, :, 0, 0].nonzero(), seen * torch.ones(())
+    if os.environ["RANK"] != "0":
+        torch.distributed.all_reduce(seen.sum())
+    return motion_tensor(flow, scale)
+train.motion_tensor = planted
+rehearse.main()
+"""
+
+
+def test_rehearsal_finds_what_a_gpu_would_suffer_from():
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        pytest.skip("no C++ compiler: benchmarks/rehearse.py, which makes a fake CUDA device with one, is not tested")
+    flags = """--ranks 4 --shard 2 --layers 2 --taps 1 --height 128 --width 128 --frames 5 --window 1 --batch 4
+        --discriminator_batch 4 --fake_updates 1 --raft_iters 1"""
+    command = [sys.executable, "-c", PLANTED, *flags.split()]
+    done = subprocess.run(command, cwd=files.REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("device to host, sync | blocking", r"sync | item\(\)", r"sync | nonzero\(\)",
+                 r"two devices | mul with \[\[\]\] on the host"):
+        found = re.search(rf"^\| {line} | train.py:\d+ | 3 ".replace(" | ", r" \| "), done.stdout, re.M)
+        assert found, (line, done.stdout)
+    assert re.search(r"sync \| tolist\(\) \| train.py:\d+ \| 4 ", done.stdout)  # a cycle's own: each update's figures
+    assert done.stdout.count("two devices") == 1 and "cudnn, flash, efficient" in done.stdout
+    first, second = map(int, re.search(r"\| all \| (\d+) \| (\d+) \|", done.stdout).groups())
+    assert second == first + 3 > 30 and done.stdout.endswith("sizes: DIFFER\n")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # curate.py
 

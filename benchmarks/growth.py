@@ -1,16 +1,12 @@
-"""How cost grows with frames, resolution, window and processes: cost.py's counts at full size, seconds of the toy.
+"""What wan1.3b needs against frames, resolution, window and processes, by cost.py; and the table of what to rent.
 
     python benchmarks/growth.py --count       # growth.json: memory and work of wan1.3b, four minutes
-    python benchmarks/growth.py --time        # growth.json: seconds of toy cycles on this machine, a quarter of an hour
-    python benchmarks/growth.py --picture     # growth.png
-    python benchmarks/growth.py --table       # RESULTS.md's table: what to rent
+    python benchmarks/growth.py --picture     # growth.png, from it
+    python benchmarks/growth.py --table       # RESULTS.md's table, a minute or two
 """
 
 import argparse
 import json
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,28 +16,29 @@ sys.path[0] = str(HERE.parent)
 import cost  # noqa: E402
 import train  # noqa: E402
 
-FULL = {
+SWEEPS = {
     "frames": {T: dict(frames=T) for T in (49, 65, 81, 97, 113, 129, 145, 161)},
     "height in pixels (16:9)": {h: dict(height=h, width=w) for h, w in (
         (256, 448), (320, 560), (384, 672), (480, 832), (576, 1024), (640, 1136), (720, 1280))},
     "window, chunks of 4 frames": {n: dict(window=n) for n in range(2, 21, 3)},
     "processes, one a card": {n: dict(ranks=n) for n in (1, 2, 4, 8, 16, 32)},
 }
-NODE = 2  # cores of the machine whose seconds --time takes: more processes share them
-TOY = {
-    "frames": {T: dict(frames=T) for T in (9, 17, 33, 49)},
-    "side in pixels": {n: dict(height=n, width=n) for n in (64, 96, 128, 160)},
-    "window, chunks of 4 frames": {n: dict(window=n) for n in (1, 2, 3, 4)},
-    "processes, one thread each": {n: dict(ranks=n) for n in (1, 2, 4)},
-}
-FOUR = dict(batch=4, discriminator_batch=4)
 COLORS = {"dmd": "#4477aa", "fake": "#66ccee", "gan_g": "#ee6677", "gan_d": "#ccbb44"}
-TABLE = {"1 card": ("wan1.3b", 1, 1), "8": ("wan1.3b", 8, 8), "16": ("wan1.3b", 16, 8),
-         "14B on 8": ("wan14b", 8, 8), "14B on 16": ("wan14b", 16, 16)}
+RENTED = [("wan1.3b", n, 0) for n in (1, 2, 4, 8, 16)] + [("wan14b", 8, 0), ("wan14b", 16, 0), ("wan14b", 16, 16)]
 
 
-def config(preset, **change):
-    return train.Config(**{"dtype": "bf16", **train.PRESETS[preset], "preset": preset, **change})
+def plan(preset, ranks, **change):
+    cfg = train.Config(**{"dtype": "bf16", **train.PRESETS[preset], "preset": preset, **change})
+    return cost.plan(cfg, ranks, cfg.shard or min(ranks, cost.NODE))
+
+
+def once(counted, known):
+    """cost.counted, which counts one micro-batch whatever the number of ranks, remembering what it has counted."""
+    def remembered(cfg):
+        if repr(cfg) not in known:
+            known[repr(cfg)] = counted(cfg)
+        return known[repr(cfg)]
+    return remembered
 
 
 def flop(work):
@@ -51,43 +48,21 @@ def flop(work):
 def count():
     """{sweep: {tick: (bytes held, {update: peak bytes of activations}, {update: FLOP of a cycle on all ranks})}}"""
     found = {}
-    for sweep, points in FULL.items():
+    for sweep, points in SWEEPS.items():
         for tick, change in points.items():
-            change = dict(change)
-            ranks = change.pop("ranks", 8)
-            held, peaks, work = cost.plan(config("wan1.3b", **change), ranks, min(8, ranks))
+            ranks = change.get("ranks", 8)
+            held, peaks, work = plan("wan1.3b", **{"ranks": ranks, **change})
             total = {key: value * ranks for key, value in flop(work).items()}
             found.setdefault(sweep, {})[tick] = sum(held.values()), peaks, total
             print(sweep, tick, f"{sum(held.values()) + max(peaks.values()):.4g} B", flush=True)
     return found
 
 
-def clock():
-    """{sweep: {tick: ({update: seconds a cycle}, FLOP on a core of this machine)}} of step.py at TOY's points."""
-    found = {}
-    for sweep, points in TOY.items():
-        for tick, change in points.items():
-            change = dict(change)
-            ranks = change.pop("ranks", NODE)
-            cfg = config("toy", dtype="fp32", **FOUR, **change)
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks, HERE / "step.py"]
-            for key, value in {**FOUR, **change, "preset": "toy"}.items():
-                command += [f"--{key}", value]
-            done = subprocess.run(list(map(str, command)), check=True, text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-            seconds = {key: float(s) for key, s in re.findall(r"RESULT (\w+).*: ([\d.]+) s an update", done.stdout)}
-            seconds["fake"] *= cfg.fake_updates
-            work = sum(flop(cost.plan(cfg, ranks, 1)[2]).values()) * max(1, ranks / NODE)
-            found.setdefault(sweep, {})[tick] = seconds, work
-            print(sweep, tick, seconds, flush=True)
-    return found
-
-
-def draw(path, counted, timed):
+def draw(path, counted):
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, axes = plt.subplots(3, 4, figsize=(11, 7.8), layout="constrained", sharey="row")
-    for (above, below), (sweep, points) in zip(axes[:2].T, counted.items()):
+    figure, axes = plt.subplots(2, 4, figsize=(11, 5.4), layout="constrained", sharey="row")
+    for (above, below), (sweep, points) in zip(axes.T, counted.items()):
         ticks = list(map(int, points))
         held, peaks, work = zip(*points.values())
         above.stackplot(ticks, [[w[key] / 1e15 for w in work] for key in COLORS], colors=COLORS.values(),
@@ -96,7 +71,7 @@ def draw(path, counted, timed):
         for key, color in COLORS.items():
             width = 3.4 if key == "dmd" else 1.6  # the fake score's line lies on it
             below.plot(ticks, [(h + p[key]) / cost.GIB for h, p in zip(held, peaks)], color=color, linewidth=width)
-        for card in cost.CARDS[2:]:
+        for card in cost.CARDS:
             below.axhline(card, color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
         usual = {"frames": 81, "height in pixels (16:9)": 480, "window, chunks of 4 frames": 12}.get(sweep, 8)
         for axis in above, below:
@@ -112,62 +87,40 @@ def draw(path, counted, timed):
                     transform=axes[0, 3].transAxes, **grey)
     axes[1, 0].set_ylabel("wan1.3b: GiB at the peak,\na rank")
     axes[1, 0].text(51, 1, "held between updates", **grey)
-    for card in cost.CARDS[2:]:
-        axes[1, 0].text(161, card + 2, f"{card} GB", ha="right", **grey)
-
-    seconds, work = timed["frames"]["17"]
-    pace = sum(seconds.values()) / work
-    for axis, (sweep, points) in zip(axes[2], timed.items()):
-        bottom = [0.0] * len(points)
-        for key, color in COLORS.items():
-            bars = [seconds[key] for seconds, _ in points.values()]
-            axis.bar(range(len(points)), bars, 0.6, bottom, color=color)
-            bottom = [a + b for a, b in zip(bottom, bars)]
-        axis.plot([pace * work for _, work in points.values()], "k.-", linewidth=0.8)
-        axis.set_xticks(range(len(points)), points)
-        axis.set_xlabel(sweep)
-    axes[2, 0].set_ylabel("toy, measured on two cores:\nseconds a cycle of 4 clips")
-    axes[2, 0].text(0.02, 0.9, "black: FLOP at one pace", transform=axes[2, 0].transAxes, **grey)
+    for card in cost.CARDS[1:3]:
+        axes[1, 0].text(161, card + 1, f"{card} GB", ha="right", **grey)
     for axis in axes[:, 0]:
         axis.set_ylim(0)
+    axes[1, 0].set_ylim(0, 92)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
 
 
-def print_table():
-    rows = {}
-    for preset, ranks, share in TABLE.values():
-        cfg = config(preset)
-        held, peaks, work = cost.plan(cfg, ranks, share)
-        peak, all_work = sum(held.values()) + max(peaks.values()), sum(work.values(), cost.Counter())
-        cells = {f"{name.split(':')[0]}, GiB": f"{size / cost.GIB:.1f}" for name, size in held.items() if size}
-        cells |= {f"activations, {cost.UPDATES[key]}, GiB": f"{size / cost.GIB:.1f}" for key, size in peaks.items()}
-        cells["**peak, GiB**"] = f"**{peak / cost.GIB:.0f}** ({cost.UPDATES[max(peaks, key=peaks.get)]})"
-        fits = [f"{card} GB" for card in cost.CARDS if peak / cost.GIB <= card * (1 - cost.SPARE)]
-        cells["with a tenth to spare"] = fits[0] if fits else f"over {cost.CARDS[-1]} GB"
-        cells["TFLOP a cycle and rank"] = f"{sum(flop(work).values()) / 1e12:,.0f}"
-        cells["seconds a cycle"] = " to ".join(cost.short(3600 * x) for x in cost.hours(all_work, 1))
-        cells["hours for 800 cycles"] = " to ".join(map(cost.short, cost.hours(all_work, 800)))
-        warm = work["dmd"] + work["fake"]
-        cells["hours of DMD before, from Wan itself"] = " to ".join(map(cost.short, cost.hours(warm, 600)))
-        for key, value in cells.items():
-            rows.setdefault(key, []).append(value)
-    print("| a rank of | " + " | ".join(TABLE) + " |\n|---|" + "---:|" * len(TABLE))
-    for key, values in rows.items():
-        print(f"| {key} | " + " | ".join(values) + " |")
+def table():
+    yield ("| | held + activations = peak, GiB a card | cards of | TFLOP a cycle and card | s a cycle | 800 cycles, h "
+           "| 600 of DMD before, h |")
+    yield "|---|---:|---:|---:|---:|---:|---:|"
+    for preset, ranks, shard in RENTED:
+        held, peaks, work = plan(preset, ranks, shard=shard)
+        held, active = sum(held.values()) / cost.GIB, max(peaks.values()) / cost.GIB
+        fits = [f"{card} GB" for card in cost.CARDS if held + active <= card * (1 - cost.SPARE)]
+        every = sum(work.values(), cost.Counter())
+        cycle, run, warm = (" to ".join(map(cost.short, cost.hours(done, cycles))) for done, cycles in (
+            (every, 3600), (every, 800), (work["dmd"] + work["fake"], 600)))
+        name = f"{preset} on {ranks}" + (f", --shard {shard}" if shard else "")
+        yield (f"| {name} | {held:.1f} + {active:.1f} = {held + active:.0f} | {(fits or ['none'])[0]} | "
+               f"{sum(flop(work).values()) / 1e12:,.0f} | {cycle} | {run} | {warm} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for flag in "count", "time", "table", "picture":
+    for flag in "count", "table", "picture":
         parser.add_argument(f"--{flag}", action="store_true")
     args, path = parser.parse_args(), HERE / "growth.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    cost.counted = once(cost.counted, {})
     if args.count:
-        path.write_text(json.dumps({**known, "counted": count()}, indent=1))
-    elif args.time:
-        path.write_text(json.dumps({**known, "timed": clock()}, indent=1))
-    elif args.picture:
-        draw(path.with_suffix(".png"), known["counted"], known["timed"])
-    elif args.table:
-        print_table()
+        path.write_text(json.dumps(count(), indent=1))
+    if args.picture:
+        draw(path.with_suffix(".png"), json.loads(path.read_text()))
+    if args.table:
+        print(*table(), sep="\n")

@@ -12,23 +12,18 @@ are those of the CUDA allocator, so on a CPU only seconds are shown. An optimize
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-sys.path[0] = str(Path(__file__).parent.parent)
-
-import cost  # noqa: E402
-import raft  # noqa: E402
-import train  # noqa: E402
-import vae  # noqa: E402
-from cli import print0, rank, world  # noqa: E402
-from model import CONFIGS, WanDiT  # noqa: E402
+from compare import without_files  # first: vae is not this folder's
+import cost
+import raft
+import train
+from cli import print0, rank, world
 
 CYCLES = 3
 
@@ -41,16 +36,10 @@ args, flags = parser.parse_known_args()
 cfg = train.parse_flags([*flags, "--out", tempfile.mkdtemp(), "--generator", "random", "--fake_score", "random",
                          "--samples", "0", "--cycles", str(CYCLES), "--save_every", "1000",
                          *"--fake_warmup 0 --dmd_warmup 0 --discriminator_warmup 0".split()])
-cfg.prompts, dit, cuda = "", CONFIGS[cfg.preset], torch.cuda.is_available() and cfg.preset != "toy"
+cuda = torch.cuda.is_available() and cfg.preset != "toy"
 train.LATENTS_PER_PASS = args.latents
 raft.GROUP_PIXELS = args.pairs * cfg.height * cfg.width or raft.GROUP_PIXELS
 load_networks, global_means, rows, mark = train.load_networks, train.global_means, {}, [0.0]
-
-
-def random_dit(*_, **__):
-    net = WanDiT(dit).init_weights()
-    torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
-    return net
 
 
 def networks(cfg):
@@ -60,10 +49,6 @@ def networks(cfg):
         for block in getattr(net, "trunk", net).blocks:
             block.run = torch.compile(block.run)  # inside FSDP's hooks and the checkpoint; block.compile() takes both
     return nets
-
-
-def random_clips(videos, keys, frames, size, *_):
-    return ((torch.randint(256, (len(key), 3, frames, *size), dtype=torch.uint8), torch.ones(len(key))) for key in keys)
 
 
 def clocked(sums):
@@ -84,12 +69,8 @@ def started(cycles, **_):
         yield cycle
 
 
-train.load_dit, train.load_networks, train.global_means, train.real_clips = random_dit, networks, clocked, random_clips
-train.load_vae = lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
-train.load_raft = lambda _: raft.RAFT(raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]).requires_grad_(False)
-train.encode_prompts = lambda *_: lambda texts: torch.randn(len(texts), dit.text_len, dit.text_dim)
-train.find_weights = train.checkpoint.save = train.checkpoint.export = lambda *_: None
-train.tqdm = started
+without_files(train, cfg)
+train.load_networks, train.global_means, train.tqdm = networks, clocked, started
 activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
 try:
     with profile(activities=activities) if args.trace else nullcontext() as traced:
