@@ -35,7 +35,7 @@ def without_files(train, cfg):
     train.load_vae = lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
     train.load_raft = lambda _: raft.RAFT(flow).requires_grad_(False)
     train.encode_prompts = lambda *_: lambda texts: torch.randn(len(texts), dit.text_len, dit.text_dim)
-    train.find_weights = train.checkpoint.save = train.checkpoint.export = lambda *_: None
+    train.find_weights = train.checkpoint.claim = train.checkpoint.save = train.checkpoint.export = lambda *_: None
 
 
 def flags(doc, **defaults):
