@@ -10,11 +10,13 @@ import shutil
 import signal
 import sys
 from dataclasses import fields
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from tqdm import tqdm
 
 LESS_MEMORY = {  # what to change where it ran out
@@ -54,6 +56,8 @@ def setup(ranks=0, cpu=False):
     for key, value in alone.items():
         os.environ.setdefault(key, value)
     os.environ.setdefault("MASTER_PORT", "0" if world() == 1 else "29500")  # 0: any free one
+    # Updates differ in the sizes that they ask for: fixed segments would fragment. Read when CUDA first allocates.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     cuda, cards = torch.cuda.is_available() and not cpu, torch.cuda.device_count()
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     expect(not cuda or local <= cards, f"at most {cards} processes on this node, one a GPU",
@@ -62,11 +66,15 @@ def setup(ranks=0, cpu=False):
     expect(world() % ranks == 0, f"--shard to divide the {world()} processes", ranks)
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # Rank 0 writes an export, 57 GB for 14B, while the others wait in their next collective: NCCL allows 10 minutes.
+    patience = timedelta(hours=1)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     # Parameters are sharded inside a node and replicated across (HSDP): slow links carry gradients only.
     shape = (world() // ranks, ranks) if world() > ranks else (world(),)
     device = "cuda" if cuda else "cpu"
     mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    for group in mesh.get_all_groups():  # two dimensions have groups of their own, which take the default
+        _set_pg_timeout(patience, group)
     return torch.device(device), mesh
 
 

@@ -220,8 +220,10 @@ def held(cfg, share, nets, optimizers, frozen):
     b = trunks[0].patch_embedding.weight.itemsize  # of a parameter as it computes
     moments = sum(t.numel() for o in optimizers for slots in o.state.values() for t in slots.values())
     sizes = " + ".join(f"{numel(net) / 1e6:.0f} M" for net in nets)
+    trained = sum(numel(net, True) for net in nets)
     return {
-        f"weights, fp32: {sizes}": FP32 * sum(map(numel, nets)) / share,
+        f"weights, frozen as they compute, else fp32: {sizes}":
+            (FP32 * trained + b * (sum(map(numel, nets)) - trained)) / share,
         "AdamW's moments, fp32": FP32 * moments / share,
         "averaged generator, fp32": FP32 * numel(nets[0]) / share * (cfg.ema > 0),
         "gradients of one network, fp32": FP32 * max(numel(net, True) for net in nets) / share,

@@ -50,17 +50,19 @@ class PredictionHead(nn.Module):
 class MotionDiscriminator(nn.Module):
     """The first blocks of a WanDiT with heads after `taps`, the last of which ends it: motion latents to one logit."""
 
-    def __init__(self, cfg, taps=(7, 13, 15)):
+    def __init__(self, cfg, taps=(7, 13, 15), device=None):
+        """device: of the trunk; on "meta" it takes no memory and waits for load_trunk."""
         super().__init__()
         if list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= cfg.layers:
             raise ValueError(f"expected rising taps below {cfg.layers}, the DiT's layers, got {list(taps)}")
         self.taps = taps  # CHOICE: 0-based, so that 15 is the last of 16 blocks
-        self.trunk = WanDiT(replace(cfg, layers=taps[-1] + 1))
-        del self.trunk.head
         self.heads = nn.ModuleList(PredictionHead(cfg) for _ in taps)
         self.logit = nn.Sequential(
             nn.LayerNorm(len(taps) * cfg.dim), nn.Linear(len(taps) * cfg.dim, cfg.dim), nn.SiLU(),
             nn.Linear(cfg.dim, 1))
+        with torch.device(device or torch.get_default_device()):  # last: the heads' random numbers do not depend on it
+            self.trunk = WanDiT(replace(cfg, layers=taps[-1] + 1))
+        del self.trunk.head
 
     def forward(self, o, t, context):
         """Logits [B] fp32 of motion latents o [B, C, f, h, w]; t [B], the paper's t* = 0; context of PROMPT."""
@@ -74,8 +76,11 @@ class MotionDiscriminator(nn.Module):
         return self.logit(torch.cat(tokens, dim=1)).float().sum(dim=1)
 
     def load_trunk(self, dit):
-        """Copy the trunk from a WanDiT at least as deep and return self; the heads stay as they are."""
+        """Take the trunk from a WanDiT at least as deep and return self; the heads stay as they are.
+
+        Both then share their parameters' memory, until `shard` of train.py copies it.
+        """
         mine = self.trunk.state_dict()
-        state = {key: value.clone() for key, value in dit.state_dict().items() if key in mine}
+        state = {key: value for key, value in dit.state_dict().items() if key in mine}
         self.trunk.load_state_dict(state, assign=True)
         return self

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from weights import find_weights, load_strict, official_dit, on_meta, read_state_dict, save_weights, stated_config
@@ -199,8 +200,17 @@ class Attention(nn.Module):
         v = self.v(context).unflatten(2, (self.heads, -1))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
+        # Which kernel that is, `attention_backend` tells. FlashAttention 3, where its package is installed:
+        # torch.nn.attention.activate_flash_attention_impl("FA3") at the start of a script; another: sdpa_kernel here.
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o(x.transpose(1, 2).flatten(2))                               # [B, L, D]
+
+
+def attention_backend(cfg, shape, dtype, device):
+    """The name of the kernel that torch chooses for self-attention over latents of shape [C, f, h, w]."""
+    tokens = math.prod(shape[1:]) // math.prod(cfg.patch)
+    q = torch.empty(1, tokens, cfg.heads, cfg.dim // cfg.heads, dtype=dtype, device=device).transpose(1, 2)
+    return SDPBackend(torch._fused_sdp_choice(q, q, q)).name
 
 
 class GELU(nn.Module):
@@ -361,7 +371,10 @@ def dit_config(state, meta, source):
 
 
 def load_dit(path, config=None, dtype=torch.float32, entry=None):
-    """A WanDiT from a file, folder or hub name: official, diffusers, CausVid / Self-Forcing or rCM layout."""
+    """A WanDiT from a file, folder or hub name: official, diffusers, CausVid / Self-Forcing or rCM layout.
+
+    dtype: None keeps the file's, and then the parameters are its pages, mapped: no memory until they are read.
+    """
     state, meta = read_state_dict(find_weights(path, "a Wan DiT"), entry)
     state = official_dit(state)
     config = config or dit_config(state, meta, path)

@@ -92,7 +92,8 @@ class Correlation:
         for level in range(levels):
             # Pooling the second map equals pooling the volume, which is far larger.
             fmap2 = F.avg_pool2d(fmap2, 2) if level else fmap2
-            last = fmap2.new_tensor([fmap2.shape[3] - 1, fmap2.shape[2] - 1])
+            # [w - 1, h - 1], made on the device: a copy from the host would wait for all that is queued there.
+            last = torch.linspace(fmap2.shape[3] - 1, fmap2.shape[2] - 1, 2, device=fmap2.device, dtype=fmap2.dtype)
             assert min(fmap2.shape[2:]) > 1, fmap2.shape  # align_corners divides by the index of the last cell
             volume = rows @ fmap2.flatten(2)                                      # [N, h w, h w / 4^level]
             window = torch.view_as_complex(2 * offsets / last)                    # [2r+1, 2r+1] of x + iy
@@ -291,7 +292,7 @@ class RAFT(nn.Module):
         hidden, passes = hidden.tanh(), self.update_block.gru.prepare(F.relu(context))
         correlation = Correlation(fmap1, fmap2, self.cfg.levels, self.cfg.radius)
         N, _, h, w = fmap1.shape
-        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        y, x = torch.meshgrid(*(torch.arange(n, device=fmap1.device) for n in (h, w)), indexing="ij")
         # Channels last, as is all that this flow meets: one tensor of another layout in a sum or a cat decides for all.
         grid, flow = torch.stack([x, y]).to(fmap1), fmap1.new_zeros(N, h, w, 2).permute(0, 3, 1, 2)
         for _ in range(iters):

@@ -357,10 +357,12 @@ def test_motion_tensor():
 
 def test_discriminator_starts_from_the_dit():
     dit, _ = golden_dit()
-    net = MotionDiscriminator(TINY, (0, 1)).load_trunk(dit)
+    torch.manual_seed(0)
+    random = MotionDiscriminator(TINY, (0, 1))
+    torch.manual_seed(0)
+    net = MotionDiscriminator(TINY, (0, 1), "meta").load_trunk(dit)
+    assert torch.equal(net.heads[1].mlp[0].weight, random.heads[1].mlp[0].weight)
     assert torch.equal(net.trunk.blocks[1].ffn[0].weight, dit.blocks[1].ffn[0].weight)
-    net.trunk.blocks[1].ffn[0].weight.data.zero_()
-    assert dit.blocks[1].ffn[0].weight.abs().max() > 0  # a copy
     assert len(net.trunk.blocks) == 2 and not hasattr(net.trunk, "head")
     for taps in (0, 3), (1, 1), (1, 0):
         with pytest.raises(ValueError, match="rising taps below 3"):
@@ -1384,9 +1386,11 @@ def test_micro_batches_cover_the_batch_on_any_number_of_ranks(monkeypatch):
 @pytest.mark.parametrize("shard", [0, 1])
 def test_frozen_sharded_net_collects_no_gradient(shard):
     _, mesh = cli.setup()
-    net = MotionDiscriminator(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8), (0, 1))
+    dit = WanDiT(DiTConfig(32, 2, 64, 2, 4, 16, 16, 8)).bfloat16()
+    net = MotionDiscriminator(dit.cfg, (0, 1), "meta").load_trunk(dit)
     net.trunk.blocks[0].requires_grad_(False)  # a hacker's choice
     train.shard(net, mesh, None, train.Config(shard=shard))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
     context, o = torch.zeros(1, 8, 16), torch.randn(1, 4, 2, 4, 4, requires_grad=True)
     with torch.no_grad():
         net(o, torch.zeros(1), context)  # leaves the root gathered, with gradients on
@@ -1663,7 +1667,8 @@ def test_every_hack_applies_and_trains(tmp_path):
             command = f"git apply {patch} && {sys.executable} -m compileall -q ."
         if "a/sample.py" in text:
             command += f" && {sys.executable} sample.py --preset toy --weights {weights} --sampler unipc --steps 2"
-        env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)}  # no repository around: plain files
+        # No repository around: plain files. torch.compile does nothing: compiling is slow and tests torch.
+        env = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path), "TORCH_COMPILE_DISABLE": "1"}
         done = subprocess.run(command, shell=True, cwd=copy, env=env, capture_output=True, text=True)
         changed = len(re.findall(r"^[+-](?!\+\+|--)", text, re.M))
         if done.returncode or changed > 40 or not text.startswith("# "):

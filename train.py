@@ -26,8 +26,8 @@ import checkpoint
 from cli import chosen_preset, expect, gathered, given_flags, one_line, print0, rank, setup, world
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor
 from flow_viz import clip_beside_flow
-from model import (Draw, add_noise, few_step, few_step_times, load_dit, sample_noise, seed_of, shift_time,
-                   velocity_to_x0)
+from model import (Draw, add_noise, attention_backend, few_step, few_step_times, load_dit, sample_noise, seed_of,
+                   shift_time, velocity_to_x0)
 from raft import check_size, find_raft, load_raft, video_flow
 from text import NEGATIVE_PROMPT, encode_prompts, read_prompts
 from vae import load_vae
@@ -153,18 +153,18 @@ def check(cfg):
 
 def shard(net, mesh, dtype, cfg):
     """FSDP2: each block, then the rest. Only `net(...)` may be called afterwards."""
-    def policy(dtype):
-        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
     trunk = getattr(net, "trunk", net)
     for block in trunk.blocks:
         block.checkpointing = cfg.checkpointing
-        if cfg.shard != 1:  # a copy each is reduced in one piece, which is faster for a small network
-            fully_shard(block, mesh=mesh, mp_policy=policy(dtype))
+    parts = [(block, dtype) for block in trunk.blocks if cfg.shard != 1]  # 1: in one piece, faster for a small network
     if dtype and trunk is not net:  # CHOICE: a discriminator's heads in fp32: R1 and R2 compare logits bf16 cannot tell
-        for part in *net.heads, net.logit:
-            fully_shard(part, mesh=mesh, mp_policy=policy(None))
-    return fully_shard(net, mesh=mesh, mp_policy=policy(dtype))
+        parts += [(part, None) for part in (*net.heads, net.logit)]
+    for part, compute in *parts, (net, dtype):
+        # Until now parameters are a file's pages, maybe bf16. What trains becomes an fp32 master; the rest needs none.
+        for p in part.parameters():
+            p.data = p.data.to(mesh.device_type, torch.float32 if p.requires_grad else compute or torch.float32)
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False))
+    return net
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def add(sums, weight, **losses):
     parts = []
     for name, loss in losses.items():
         expect(loss.shape == weight.shape, f"{name} of one value per sample, {list(weight.shape)}", list(loss.shape))
-        parts.append((loss * weight.to(loss.device)).sum())
+        parts.append((loss * weight.to(loss.device, non_blocking=True)).sum())
         sums[name] = sums.get(name, 0) + parts[-1].detach()
     return parts
 
@@ -262,24 +262,22 @@ def add(sums, weight, **losses):
 
 
 def load_networks(cfg):
-    """Generator, teacher, fake score and discriminator in fp32 on the CPU, and the frozen VAE and RAFT."""
-    vae, raft, teacher = load_vae(cfg.weights), load_raft(find_raft(cfg.weights, cfg.raft)), load_dit(cfg.weights)
+    """Generator, teacher, fake score and discriminator as their files' pages, and the frozen VAE and RAFT, fp32."""
+    vae, raft = load_vae(cfg.weights), load_raft(find_raft(cfg.weights, cfg.raft))
     check_size(raft.cfg, cfg.height, cfg.width)
-    generator = load_dit(cfg.generator or cfg.weights)
-    fake_score = load_dit(cfg.fake_score or cfg.weights, entry="critic")  # what CausVid's checkpoints call it
+    teacher, generator = (load_dit(path, dtype=None) for path in (cfg.weights, cfg.generator or cfg.weights))
+    fake_score = load_dit(cfg.fake_score or cfg.weights, dtype=None, entry="critic")  # as CausVid's checkpoints call it
     for name, net in dict(generator=generator, fake_score=fake_score).items():
         expect(net.cfg == teacher.cfg, f"a {name} of the teacher's architecture {teacher.cfg}", net.cfg)
     torch.manual_seed(cfg.seed)  # the heads must be the same on every rank before they are sharded
-    discriminator = MotionDiscriminator(teacher.cfg, cfg.taps).load_trunk(teacher)
+    discriminator = MotionDiscriminator(teacher.cfg, cfg.taps, "meta").load_trunk(teacher)
     return generator, teacher.requires_grad_(False), fake_score, discriminator, vae, raft
 
 
 def adamw(net, lr):
-    """AdamW of what is not frozen, its state allocated at once, so that a checkpoint has the same tensors at any step.
-
-    Fused: no temporaries, and FSDP dispatches one operation, not fifteen that each take 0.1 s the first time.
-    """
+    """AdamW of what is not frozen; its state is there at once: a checkpoint has the same tensors at any step."""
     parameters = [p for p in net.parameters() if p.requires_grad]
+    # Fused: no temporaries, and FSDP dispatches one operation, not fifteen that each take 0.1 s the first time.
     optimizer = torch.optim.AdamW(parameters, lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     for p in parameters:
         optimizer.state[p] = dict(
@@ -329,6 +327,8 @@ def train(cfg):
     state = {**checkpoint.live_state(nets, optimizers, ema), "separation": torch.tensor(math.log(4))}
     checkpoint.load(cfg.out, state)
     shape = teacher.cfg.in_dim, 1 + cfg.frames // 4, cfg.height // 8, cfg.width // 8  # of a latent clip, [C, f, h, w]
+    if device.type == "cuda":
+        print0(f"attention of {dtype or torch.float32}: {attention_backend(teacher.cfg, shape, dtype, device)}")
     for net in nets.values():  # FSDP fixes a net's gradient dtype at its first forward, before the loop freezes any
         with torch.no_grad():
             net(torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device), motion_context)

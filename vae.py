@@ -7,6 +7,7 @@ the state is detached, and nothing after a window need be decoded.
 Module attributes carry the official checkpoint's names (numbers included), so that loading is strict.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from itertools import pairwise
@@ -318,6 +319,12 @@ CONFIGS = {
 }
 
 
+@functools.lru_cache(maxsize=8)  # a copy to the device waits for all that is queued there
+@torch.inference_mode(False)  # the cache outlives such a mode, and autograd refuses what was made in one
+def mean_std(cfg, device):
+    return [torch.tensor(v, device=device).view(-1, 1, 1, 1) for v in (cfg.latents_mean, cfg.latents_std)]
+
+
 class WanVAE(nn.Module):
     """Wan2.1's causal video autoencoder (Wan-Video/Wan2.1), strides 4 x 8 x 8.
 
@@ -337,8 +344,7 @@ class WanVAE(nn.Module):
 
     def mean_std(self, z):
         """The latents' mean and std, fp32, to broadcast against z."""
-        both = self.cfg.latents_mean, self.cfg.latents_std
-        return [torch.tensor(values, device=z.device).view(-1, 1, 1, 1) for values in both]
+        return mean_std(self.cfg, z.device)
 
     def moments(self, x, latents_per_pass=1):
         """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; takes what encode takes."""
