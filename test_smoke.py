@@ -1634,14 +1634,14 @@ def test_bad_training_input_is_one_line(tmp_path, capsys):
              f"--videos {empty}": "expected a folder with videos .* found none",
              f"--videos {tmp_path / 'bad'}": "none of 1 can be used",
              f"--prompts {prompts}": "at least one prompt", "--prompts none.txt": "text file .*none.txt",
-             f"--weights {empty}": "expected a Wan DiT in", "--micro_batch 0": "1 to 4097, got 0",
+             f"--weights {empty}": "expected a Wan DiT in", "--micro_batch 0": "1 to 4096, got 0",
              "--height 0": "--height from 1 to", "--seed 99999999999999999999": "--seed from 0 to",
              "--samples 100000000": "--samples from 0 to 100000", "--timesteps 1000000 5": "from 0 to",
              "--no-dmd": "--generator with --no-dmd",
              "--raft none.pth": "RAFT at none.pth: no such file", "--timesteps 500 900": "falling --timesteps"}
-    cases |= {f"--weights {mixed(weights, tmp_path / name, name)}": what for name, what in (
-        ("vae", "expected a Wan VAE"), ("teacher", "expected a Wan DiT"))}
-    late = {f"--raft {weights / 'vae.safetensors'}": "RAFT", "--taps 1 1": "rising taps",  # the group is up by then
+    late = {f"--weights {mixed(weights, tmp_path / name, name)}": what for name, what in (
+        ("vae", "expected a Wan VAE"), ("teacher", "expected a Wan DiT"))} | {
+            f"--raft {weights / 'vae.safetensors'}": "RAFT", "--taps 1 1": "rising taps",  # claimed by then
             "--shard 2": "--shard to divide the 1 processes",
             f"--generator {tmp_path / 'other.safetensors'}": "the teacher's architecture"}
     for flags, message in {**cases, **late}.items():
