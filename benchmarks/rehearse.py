@@ -298,7 +298,8 @@ def rehearse(cfg, rank, ranks, fake):
         return mock.MagicMock()
 
     with (mock.patch.dict(os.environ, {key: str(value) for key, value in environ.items()}),
-          mock.patch.multiple(train, setup=on_a_real_mesh, global_means=named, adamw=stepping),
+          mock.patch.multiple(train, setup=on_a_real_mesh, global_means=named, adamw=stepping,
+                              attention_backend=lambda *_: "chosen on a GPU"),
           mock.patch.object(train.checkpoint, "Log", everything_loaded),
           mock.patch.object(train.Draw, "choice", lambda _, what, options: options // 2),  # the average, as in cost.py
           mock.patch.object(train.Draw, "uniform", lambda draw, _: torch.rand(len(draw.index))),

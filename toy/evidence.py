@@ -54,6 +54,7 @@ ARMS = {
     "stutter": "--cycles 30 stutter.patch",
     "lurch_dmd": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "lurch_mogan": "--cycles 30 matched.patch",
+    "lurch_learned": "--cycles 30 --discriminator_warmup 120 matched.patch real_roundtrip.patch",
     "lurch_caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
     # Before windows reached the ends and the discriminator warmed up, whole, until it separates (then: 10 cycles, its
     # heads alone, which the flag does not bring back):
@@ -82,7 +83,7 @@ FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", 
 NEW = "speed_reward", "named", "caption", "matched", "stutter"
 CONTROLS = {"dmd": ("teacher", "student", "mogan", "before", "no_dmd", "no_r", "latent_gan"),
             "dmd_60": ("mogan_30", *NEW), "mogan_30": NEW,
-            "lurch_dmd": ("lurch_teacher", "lurch_student", "lurch_mogan", "lurch_caption"),
+            "lurch_dmd": ("lurch_teacher", "lurch_student", "lurch_mogan", "lurch_learned", "lurch_caption"),
             "before": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
             "before_30": ("r_printed", "t_random", "algorithm", "first_window", "scale_1", "scale_9", "two_optimizers",
                           "ema")}
