@@ -44,9 +44,8 @@ FIXED = ("renders", "vae", "teacher", "student", "lurch_teacher", "lurch_student
 ARMS = {
     "mogan": "",
     "dmd": "--dmd_warmup 120 --discriminator_warmup 0 --cycles 0",  # as many generator updates as mogan's 2 x 60
-    # a motion GAN, or a bonus for speed? At half the length; their control is dmd_60
+    # a motion GAN, or a bonus for speed? At half the length
     "mogan_30": "--cycles 30",
-    "dmd_60": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "speed_reward": "--cycles 30 --discriminator_warmup 0 --lambda_g .7 speed_reward.patch",
     "named": "--cycles 30 --discriminator_warmup 120 named.patch",
     "caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
@@ -80,11 +79,9 @@ COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast
     "jitter_ratio": "jitter / speed", "iou_fast": "IoU, fast", "iou": "IoU", "one_blob": "one blob", "shape": "shape"}
 FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", "wander", "jitter", "alternation",
            "plain_speed", "quickly", "colour", "direction"]
-NEW = "speed_reward", "named", "caption", "matched", "stutter"
-CONTROLS = {"dmd": ("teacher", "student", "mogan", "before", "no_dmd", "no_r", "latent_gan"),
-            "dmd_60": ("mogan_30", *NEW), "mogan_30": NEW,
-            "lurch_dmd": ("lurch_teacher", "lurch_student", "lurch_mogan", "lurch_learned", "lurch_caption"),
-            "before": ("no_dmd", "no_r", "latent_gan", "r_strong", "roundtrip"),
+CONTROLS = {"student": ("teacher", "mogan_30", "speed_reward", "named", "caption", "matched", "stutter"),
+            "speed_reward": ("mogan_30",), "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned"),
+            "dmd": ("before", "no_dmd", "no_r", "latent_gan"), "before": ("r_strong", "roundtrip"),
             "before_30": ("r_printed", "t_random", "algorithm", "first_window", "scale_1", "scale_9", "two_optimizers",
                           "ema")}
 LOGGED = ("gan_d", "accuracy", "r1", "r2", "norm_gan", "norm_dmd")
