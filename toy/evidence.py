@@ -248,7 +248,7 @@ def picture():
     """Teacher, student and MoGAN on the same prompts and seeds: three frames of each clip, its flow under them."""
     import matplotlib.pyplot as plt
     prompts = ["a red circle moving right", "a green triangle moving left", "a blue square moving up"]
-    rows = {"teacher": "Teacher\n50 steps", "student": "DMD student\n3 steps", "mogan": "MoGAN\n3 steps"}
+    rows = {"teacher": "Teacher\n50 steps", "student": "DMD student\n3 steps", "mogan_30": "MoGAN\n3 steps"}
     raft, columns = load_raft(WEIGHTS / "raft.safetensors"), [(i, t) for i in range(3) for t in (0, 8, 15)]
     figure, axes = plt.subplots(6, 9, figsize=(10, 6.6), gridspec_kw=dict(
         left=.125, right=.995, top=.955, bottom=.01, hspace=.03, wspace=.03))

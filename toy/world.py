@@ -217,7 +217,7 @@ def track(pixels: Tensor) -> dict[str, Tensor]:
 
     CHOICE: the last three follow a finer centroid, to which a pixel on the edge counts by its share: the mask's own
     moves in leaps, in twos at half a pixel a frame. On rendered clips that leaves a ratio of .08 instead of .39,
-    alternation of .01 instead of .06, wander of .03; through the VAE .25, .07 and .2. Under MOVES the VAE's wobble is
+    alternation of .01 instead of .06, wander of .03; through the VAE .25, .07 and .15. Under MOVES the VAE's wobble is
     most of a step: no figure per speed.
     """
     rgb = pixels.clamp(-1, 1).add(1).div(2)
