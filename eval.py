@@ -329,7 +329,7 @@ def over_cycles(labels, folders, columns):
     """Curves {run: {figure: [(cycle, mean)]}} of folders NAME-CYCLE: videos of generators that train.py kept."""
     curves = collections.defaultdict(lambda: collections.defaultdict(list))
     for label, rows in zip(labels, folders):
-        name, cycle = re.fullmatch(r"(.*?)-?(\d*)", label).groups()
+        name, cycle = re.fullmatch(r"(?s)(.*?)-?(\d*)", label).groups()
         for metric, column in columns.items() if cycle else ():
             if values := [row["scores"][metric] for row in rows if metric in row["scores"]]:
                 curves[f"{name}, kept generators"][column].append((int(cycle), statistics.fmean(values)))

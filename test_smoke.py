@@ -2072,6 +2072,19 @@ def test_exact_flow_moves_each_frame_onto_the_next():
     assert torch.allclose(truth.position.diff(dim=1), truth.velocity[:, None].expand(-1, 16, -1), atol=1e-4)
 
 
+def test_lurching_clips_wander_and_are_as_fast():
+    even, lurching = (world.clips(list(range(8)), motion_rich=True, lurch=lurch) for lurch in (0, .6))
+    step, speed = lurching.position.diff(dim=1).norm(dim=2), even.velocity.norm(dim=1, keepdim=True)
+    want = torch.where(torch.arange(16) // 4 % 2 == 0, .4, 1.6)
+    torch.testing.assert_close(step / speed, want.expand(8, -1), atol=1e-3, rtol=0)
+    moves = (lurching.coverage[:, :-1] > .5).flatten(2).any(2)
+    flow = lurching.flow.norm(dim=1).flatten(2).amax(2)
+    assert moves.all() and torch.allclose(flow, step, atol=1e-4)
+    a, b = (world.track(clip.pixels) for clip in (even, lurching))
+    assert a["wander"].max() < .06 and b["wander"].min() > .8  # of a zigzag of 1.2 times the speed, in px
+    torch.testing.assert_close(a["net_speed"], b["net_speed"], atol=.05, rtol=0)
+
+
 def test_tracker_reads_the_rendered_state():
     truth = world.clips(list(range(100, 132)))
     seen, (colour, shape, direction, _) = world.track(truth.pixels), truth.attributes.T
@@ -2165,7 +2178,7 @@ def test_measure_by_hand(monkeypatch):
     net = torch.tensor([.1, .24, .9, 1.3, .1, .8, 1.3])
     seen = dict(colour=[0, 1, 0, 0, 0, 0, 0], shape=[0, 0, 1, 1, 0, 0, 0], direction=[0, 0, 2, 2, 0, 2, 2])
     seen = {key: torch.tensor(value) for key, value in seen.items()} | {"net_speed": net, "path_speed": net + 2}
-    seen |= {key: torch.rand(7) for key in ("iou", "jitter", "jitter_ratio", "alternation")}
+    seen |= {key: torch.rand(7) for key in ("iou", "jitter", "jitter_ratio", "alternation", "wander")}
     monkeypatch.setattr(world, "track", lambda pixels: seen | {"one_blob": net > 1})
     found, nan = world.measure(torch.zeros(1), prompts), math.nan
     expected = dict(colour=[1, 0, 1, 1, 1, 1, 1], shape=[1, 1, 0, 0, 1, 1, 1], direction=[nan, 0, 1, 1, 0, 1, 1],
