@@ -20,6 +20,7 @@ The same command again continues a killed run: each video's scores are one line 
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -35,7 +36,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import printable, rank, world
+from cli import fail, one_line, printable, rank, world
 from metrics import FILES, FOLDER, find_file, load_metrics
 from raft import load_raft
 from report import fingerprint, read_jsonl, read_run, write_report
@@ -385,7 +386,7 @@ def evaluate(args):
 def parse(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"eval.py: {printable(message)} (eval.py --help lists the flags)")
+    parser.error = lambda message: fail("eval.py", f"{message} (--help lists the flags)")
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="folders of {prompt}-{i}.mp4; the others are compared with the first")
     add("--prompts", help="score only the prompts in this file, one a line")
@@ -402,13 +403,10 @@ def parse(argv=None):
 
 
 def main(argv=None):
-    args = parse(argv)
-    if rank():  # the first rank speaks for all
-        sys.stdout = open(os.devnull, "w")
-    try:
-        evaluate(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"eval.py: {printable(str(error))}") from None
+    with one_line("eval.py"):
+        args = parse(argv)
+        with contextlib.redirect_stdout(open(os.devnull, "w") if rank() else sys.stdout):  # the first rank speaks
+            evaluate(args)
 
 
 if __name__ == "__main__":

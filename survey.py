@@ -14,10 +14,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
-from cli import printable
+from cli import fail, one_line, printable
 from eval import bootstrap, find_videos, labels_of, show
 from report import as_base64, as_json, fill, fingerprint, write_page
 from text import prompt_of, read_prompts
@@ -131,15 +130,15 @@ def print_tally(paths):
 def main(argv=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.error = lambda message: sys.exit(f"survey.py: {printable(message)} (survey.py --help shows both commands)")
+    parser.error = lambda message: fail("survey.py", f"{message} (--help shows both commands)")
     add = parser.add_argument
     add("command", choices=["page", "tally"])
     add("paths", nargs="+", type=Path, help="page: the two folders, A and B; tally: the files of answers")
     add("--prompts", help="page: ask only about the prompts in this file, one a line")
     add("--out", type=Path, default=Path("runs/survey"), help="page: folder that it goes to, default %(default)s")
     add("--embed_mb", type=float, default=64, help="page: videos embedded in it, in MB; the rest lies beside it")
-    args = parser.parse_args(argv)
-    try:
+    with one_line("survey.py"):
+        args = parser.parse_args(argv)
         if args.command == "tally":
             return print_tally(args.paths)
         if len(args.paths) != 2:
@@ -148,8 +147,6 @@ def main(argv=None):
         pairs = pair_up(*(find_videos(folder, prompts) for folder in args.paths))
         path = write_survey(args.out, labels_of(args.paths), pairs, args.embed_mb)
         print(printable(f"survey of {len(pairs)} pairs: {path}"))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"survey.py: {printable(str(error))}") from None
 
 
 if __name__ == "__main__":
