@@ -185,6 +185,8 @@ def one_line(script):
             fail(script, "", 141)
         if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", line):
             fail(script, f"out of memory: {LESS_MEMORY.get(script, 'close other programs')} ({line[:200]})")
+        if isinstance(error, PermissionError):
+            line += ": choose another place (--out, of sample.py also --cache), or run as its owner"
         if isinstance(error, RuntimeError):
             raise
         fail(script, line)

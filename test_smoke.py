@@ -1810,6 +1810,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
     (ValueError("a\nb"), 2, "a"), (ValueError("\x1b[2J\udce9"), 2, "\\x1b[2J\\udce9"), (ValueError(), 2, "Val"),
     (MemoryError(), 2, "out of memory: --batch_size"), (torch.OutOfMemoryError("CUDA out of memory."), 2, "out of mem"),
     (RuntimeError("can't allocate memory"), 2, "out of mem"), (KeyboardInterrupt(), 130, "stopped"),
+    (PermissionError(13, "Permission denied", "x"), 2, "x.safetensors cannot be written (4e-08 GB wanted, "),
     (SafetensorError("No space left (os error 28)"), 2, "x.safetensors cannot be written (4e-08 GB wanted, ")])
 def test_errors_become_one_line(capsys, monkeypatch, error, status, line):
     monkeypatch.setattr(files, "save_file", mock.Mock(side_effect=error))

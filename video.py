@@ -18,7 +18,7 @@ from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cli import print0
+from cli import print0, writing
 from model import Draw, seed_of
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
@@ -42,8 +42,9 @@ def write_video(path, x, fps, comment=""):
     part = path.parent / f".{hashlib.md5(os.fsencode(path.name)).hexdigest()[:12]}.part"  # prompts make long names
     try:
         images = x.permute(1, 2, 3, 0).contiguous().numpy()
-        encode_h264(part.absolute(), images, Fraction(fps).limit_denominator(1001), comment)  # as in open_video
-        part.rename(path)
+        with writing(path):
+            encode_h264(part.absolute(), images, Fraction(fps).limit_denominator(1001), comment)  # as in open_video
+            part.rename(path)
     finally:
         part.unlink(missing_ok=True)
 

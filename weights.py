@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cli import writing
@@ -110,8 +110,10 @@ def read_state_dict(path, entry=None):
 
 def header(path):
     """String metadata of a .safetensors file, or of the one in a folder; {} without a path or where there is none."""
-    with suppress(Exception), safe_open(find_weights(path), "pt") as file:
-        return file.metadata() or {}
+    with suppress(TypeError, ValueError, FileNotFoundError, SafetensorError):
+        find_weights(path).open("rb").close()  # the library calls a file that may not be read missing
+        with safe_open(find_weights(path), "pt") as file:
+            return file.metadata() or {}
     return {}
 
 
