@@ -47,7 +47,7 @@ SIZE = 480, 832          # of the frames that motion is counted in
 MIN_MOTION = 5.6         # px of SIZE per 1/16 s: VBench's 6 * 480 / 256 px per 1/8 s, above which a clip is dynamic
 FASTEST = 0.05           # VBench: share of the flow vectors whose mean counts
 PAIRS = 4                # of frames whose flow is measured in a clip
-SEARCH = 12              # px of SMALL, 48 of SIZE, in 1/16 s: the fastest motion that is seen
+SEARCH = 12              # px of SMALL, 48 of SIZE, between two frames of a clip: the fastest motion that is seen
 SMALL, CELL = 208, 4     # px, longer side of what is measured on, a quarter of 832; and side of its cells
 CUT, CUT_RATIO = 15, 3   # PySceneDetect's AdaptiveDetector: change in HSV, and that over its four neighbours' mean
 BLACK = 12               # PySceneDetect's ThresholdDetector: mean level of a black frame
@@ -160,7 +160,8 @@ def measure(path, frames):
         with open_video(path) as (container, stream):
             stream.codec_context.thread_count = 1  # one core a file
             fps, aspect = frame_rate(stream), float(stream.sample_aspect_ratio or 1)
-            m["fps"], m["stride"] = fps, stride = fps, stride_of(fps)
+            m["fps"], m["stride"] = fps, stride_of(fps)
+            stride = m["stride"]
             check_rate(path, fps / stride, stride, RATES)
             m["span"], m["reach"] = span, reach = (frames - 1) * stride + 1, max(2, round(fps * FADE_SPAN / 2))
             for i, (time, frame) in enumerate(timed_frames(path, container, stream, 0.0)):

@@ -330,12 +330,13 @@ def over_cycles(labels, folders, columns):
     """Curves {run: {figure: [(cycle, mean)]}} of folders NAME-CYCLE: videos of generators that train.py kept."""
     curves = collections.defaultdict(lambda: collections.defaultdict(list))
     for label, rows in zip(labels, folders):
-        name, cycle = re.fullmatch(r"(?s)(.*?)-?(\d*)", label).groups()
+        name, cycle = re.fullmatch(r"(?s)(.*?)(?:-(\d+))?", label).groups()
         for metric, column in columns.items() if cycle else ():
             if values := [row["scores"][metric] for row in rows if metric in row["scores"]]:
                 curves[f"{name}, kept generators"][column].append((int(cycle), statistics.fmean(values)))
-    return {name: {column: sorted(points) for column, points in figures.items() if len(points) > 1}
-            for name, figures in curves.items()}
+    curves = {name: {column: sorted(points) for column, points in figures.items() if len(points) > 1}
+              for name, figures in curves.items()}
+    return {name: figures for name, figures in curves.items() if figures}
 
 
 def load_rafts(given, weights, device):

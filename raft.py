@@ -1,4 +1,4 @@
-"""RAFT optical flow (Teed & Deng, arXiv 2003.12039), frozen and differentiable, over a clip; flow pictures.
+"""RAFT optical flow (Teed & Deng, arXiv 2003.12039), frozen and differentiable, over a clip.
 
 Flow is in pixels per frame, channels (u, v) = (x, y): u > 0 moves right, v > 0 down. Pixels are in [-1, 1], which
 is what princeton's RAFT makes of its 0..255. Inside the network, N pairs of frames [N, 3, H, W] are matched on cells

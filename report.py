@@ -193,7 +193,7 @@ def match_rows(folders):
     return [(*key, [rows.get(key) for rows in maps]) for key in keys]
 
 
-def rank(matched, columns):
+def by_difference(matched, columns):
     """Matched rows with their difference, largest first: ranges across folders over all metrics, in deviations.
 
     With one folder, the distances from its means.
@@ -225,7 +225,7 @@ def write_report(out, labels, folders, tables, notes, columns, rafts=(), flow_ro
 
     folders: scored rows of eval.py; columns: {metric: name}; rafts: see draw_row; runs: see curves_html.
     """
-    ranked = rank(match_rows(folders), columns)
+    ranked = by_difference(match_rows(folders), columns)
     budget, blobs, rows = embed_mb * 1e6, [], []
     for i, (difference, prompt, index, cells) in enumerate(tqdm(ranked, desc="report", disable=None)):
         good = [cell for cell in cells if cell and "error" not in cell]

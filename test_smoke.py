@@ -2235,6 +2235,24 @@ def test_only_a_whole_training_replaces_what_ships(tmp_path, monkeypatch, flags,
     assert found == {"vae": "shipped", "student": "shipped"} | written
 
 
+@pytest.mark.parametrize("part", ["vae", "decoder", "teacher"])
+def test_a_part_takes_a_step(tmp_path, monkeypatch, part):
+    class Stepped(Exception):
+        pass
+
+    def step(folder, steps, net, opts, loss, *_, **__):
+        loss(0)[0].backward()
+        raise Stepped if all(p.grad is None or p.grad.isfinite().all() for p in net.parameters()) else ValueError
+
+    pool = {"z": torch.randn(1024, 8, 5, 8, 8), "row": torch.zeros(1024, dtype=torch.int64),
+            "cells": torch.zeros(1024, 17, 16, 16, dtype=torch.uint8)}
+    monkeypatch.setattr(make_weights, "clips", lambda seeds, **how: world.clips(seeds[:4], **how))
+    monkeypatch.setattr(make_weights, "latents", lambda _: pool)
+    monkeypatch.setattr(make_weights, "fit", step)
+    with pytest.raises(Stepped):
+        make_weights.PARTS[part][1](9, tmp_path / "trial", tmp_path / "out")
+
+
 def test_fit_goes_on_where_it_was_stopped(tmp_path):
     def trained(folder, stop=None):
         torch.manual_seed(0)
@@ -2619,7 +2637,7 @@ def test_report_is_one_file_sorted_by_difference(tmp_path):
     assert data["rows"][1]["cells"][0]["href"] == "0.mp4" and page.count('<script type="text/plain"') == 3
     assert page.count("<polyline") == 1 and "0.5 to 1" in page and "http" not in page  # nothing from outside
     one = [row("a", motion=0.0), row("b", motion=0.0), row("c", motion=3.0)]  # mean 1, deviation the root of 2
-    ranked = report.rank(report.match_rows([one]), columns)
+    ranked = report.by_difference(report.match_rows([one]), columns)
     assert [r[:2] for r in ranked] == [(1.4142, "c"), (0.7071, "a"), (0.7071, "b")]
     assert report.thin([(i, i % 2) for i in range(800)])[0] == (0.5, 0.5)
 

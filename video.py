@@ -220,11 +220,11 @@ def video_files(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Real clips: runs of native frames, whose motion is as even as it was filmed
 
-# CHOICE: every k-th frame of the file, as near to 16 a second as a whole k comes, and `speed`, by which their flow
-# becomes pixels per 1/16 s. The frames on show at i/16 s are 1, 2, 1, 2 apart in a file of 24 fps: even motion would be
+# CHOICE: every k-th frame of the file, k = fps / 16 rounded, 1.5 down, and `speed`, by which their flow becomes
+# pixels per 1/16 s. The frames on show at i/16 s are 1, 2, 1, 2 apart in a file of 24 fps: even motion would be
 # seen with a coefficient of variation of .33 (30 fps: .18), a stutter that the discriminator would call real. What it
 # costs: 49 frames do not span 3.0 s but 2.0 (24 fps), 2.9 (50), 3.2 (30 and 60) or 3.8 (25).
-# CHOICE: frames that are 1/11 to 1/25 s apart, some 1.5 times or through 1.5 of 1/16 s, which 12 and 24 fps are within.
+# CHOICE: frames 1/11 to 1/25 s apart, about 1/16 s times or over 1.5: 12 and 24 fps are within.
 # A flow over 1/8 s would hide half of the accelerations that one over 1/16 s shows.
 RATES = 11, 25
 # CHOICE: runs in which the frames' distance in time differs from its mean by more than a tenth are refused, not
@@ -244,7 +244,7 @@ class BadRun(ValueError):
 
 
 def stride_of(fps):
-    """k, whose every k-th frame of a file is nearest to 16 a second; 1 for 24 fps, also where a header says 24.01."""
+    """k, every k-th frame of a file: fps / 16 rounded; 1 for 24 fps, also where a header says 24.01."""
     return max(1, math.ceil(fps / FPS - 0.53))
 
 

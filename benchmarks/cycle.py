@@ -16,7 +16,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 FLAGS = "--preset toy --samples 0 --fake_warmup 1 --discriminator_warmup 1 --save_every 1000".split()
-UPDATES = {"dmd": "generator, DMD", "fake": "fake score", "gan_g": "generator, flow GAN", "gan_d": "discriminator"}
 
 
 def clocked_training():
@@ -43,18 +42,19 @@ if "RANK" in os.environ:
 
 from compare import flags, hardware  # noqa: E402
 
+from cost import UPDATES  # noqa: E402
+
 args = flags(__doc__, base="", cycles=8)
 
 
 def trial(tree):
     """A short run: the logged MoGAN cycles without the first, and {update: median seconds}."""
-    out = Path(tempfile.mkdtemp()) / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", Path(__file__).resolve(), *FLAGS]
-    command += ["--cycles", args.cycles, "--out", out]
-    command += ["--weights", HERE / "toy" / "weights"]  # a change of them would change the losses
-    subprocess.run(list(map(str, command)), cwd=tree, check=True, capture_output=True)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clock = [json.loads(line) for line in (out / "clock.jsonl").read_text().splitlines()]
+    command += ["--cycles", args.cycles, "--weights", HERE / "toy" / "weights"]  # other weights, other losses
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([*map(str, command), "--out", out], cwd=tree, check=True, capture_output=True)
+        rows, clock = (list(map(json.loads, Path(out, f"{name}.jsonl").read_text().splitlines()))
+                       for name in ("log", "clock"))
     parts = {name: statistics.median([s for label, s in clock if label == name][2:]) for name in UPDATES}
     return [row for row in rows if row["phase"] == "mogan"][1:], parts
 

@@ -2,7 +2,7 @@
 
     python benchmarks/growth.py --count       # growth.json: memory and work of wan1.3b, four minutes
     python benchmarks/growth.py --picture     # growth.png, from it
-    python benchmarks/growth.py --table       # RESULTS.md's table, a minute or two
+    python benchmarks/growth.py --table       # the figures of RESULTS.md's table, a minute or two
 """
 
 import argparse

@@ -293,7 +293,7 @@ def rehearse(cfg, rank, ranks, fake):
         return optimizer
 
     def everything_loaded(*_):
-        seen.start = seen.now, sum(times for times, _ in seen.found.values())
+        seen.start = seen.now
         seen.begin()
         return mock.MagicMock()
 
@@ -335,7 +335,7 @@ def report(cfg, ranks, pair, seen, other):
                          sum(n for *_, n in of_it)])
     yield from table(["", "updates", "GiB live at the peak", *[f"{kind}, T" for kind in cost.RATES], "collectives"],
                      *rows)
-    yield f"\n{seen.start[0] / cost.GIB:.2f} GiB live when all is loaded; T: TFLOP, of memory TB, a cycle of this rank"
+    yield f"\n{seen.start / cost.GIB:.2f} GiB live when all is loaded; T: TFLOP, of memory TB, a cycle of this rank"
     found = sorted(seen.found.items(), key=lambda item: (item[0][0], -item[1][0]))
     yield from table(["finding", "", "where", "times a cycle", "MiB"],
                      *[[*key, times, cost.short(size / 2**20)] for key, (times, size) in found])

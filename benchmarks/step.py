@@ -4,7 +4,6 @@
     torchrun --nproc_per_node 8 benchmarks/step.py --preset wan1.3b --batch 8 --discriminator_batch 32
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --no-checkpointing   # what it buys
     python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --trace 12           # top 12 kernels
-    python benchmarks/step.py --preset wan1.3b --batch 1 --discriminator_batch 4 --compile            # blocks compiled
 
 Every flag of train.py is one here. Nothing is downloaded: speed and memory do not depend on what the weights say. Peaks
 are those of the CUDA allocator, so on a CPU only seconds are shown. An optimizer's step counts with the next update.
@@ -28,7 +27,6 @@ from cli import print0, rank, world
 CYCLES = 3
 
 parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-parser.add_argument("--compile", action="store_true")
 parser.add_argument("--trace", type=int, default=0)
 parser.add_argument("--latents", type=int, default=train.LATENTS_PER_PASS)  # through the VAE at once
 parser.add_argument("--pairs", type=int, default=0)                         # of frames that share a checkpoint in RAFT
@@ -44,11 +42,7 @@ load_networks, global_means, rows, mark = train.load_networks, train.global_mean
 
 def networks(cfg):
     torch.manual_seed(0)
-    nets = load_networks(cfg)
-    for net in nets[:4] * args.compile:
-        for block in getattr(net, "trunk", net).blocks:
-            block.run = torch.compile(block.run)  # inside FSDP's hooks and the checkpoint; block.compile() takes both
-    return nets
+    return load_networks(cfg)
 
 
 def clocked(sums):

@@ -1,14 +1,14 @@
 """The evidence: every arm of the toy world's tables, trained, measured against truth and compared in pairs.
 
     python toy/evidence.py run mogan dmd --seeds 0 1 2    # train and measure arms by name; resumes, skips what is done
-    python toy/evidence.py run all                        # everything that toy/README.md shows
+    python toy/evidence.py run all                        # every arm below
     python toy/evidence.py table                          # the tables, from toy/evidence.json
     python toy/evidence.py picture                        # toy/pictures/motion.png (pip install matplotlib)
 
-All arms start from the shipped student and one fake score fitted to it, and differ from `mogan`, the preset as it
-stands, by the flags and patches in ARMS only; a patched arm trains in a copy of the repository. They are judged on
-the 200 held-out pairs of prompt and noise, the same for every arm. A run is one process, so that two arms fit on two
-cores: --jobs 2.
+All arms start from the shipped student and one fake score fitted to it (lurch_*: from lurch.py's), and differ from
+`mogan`, the preset as it stands, by the flags and patches in ARMS only; a patched arm trains in a copy of the
+repository. They are judged on the 200 held-out pairs of prompt and noise, the same for every arm. A run is one process,
+so that two arms fit on two cores: --jobs, by default 2.
 """
 
 import argparse
@@ -74,7 +74,7 @@ EARLIER = {  # before windows reached the ends and the discriminator warmed up, 
     "two_optimizers": "--cycles 30 two_optimizers.patch",
     "ema": "--cycles 30 --ema 0.9",  # judged by its averaged generator
 }
-# Then 10 cycles, its heads alone, which the flag does not bring back.
+# Their warm-up was 10 cycles of the heads alone; today's trains the trunk too: a rerun gives other figures.
 ARMS |= {name: f"--discriminator_warmup 10 {flags}" for name, flags in EARLIER.items()}
 COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast: see stack
     "dynamic": "moving", "slowly": "slowly", "path_speed": "speed", "wander_fast": "wander, fast",
@@ -90,12 +90,13 @@ LOGGED = ("gan_d", "accuracy", "r1", "r2", "norm_gan", "norm_dmd")
 
 
 def patched(name, patches):
-    """A copy of the repository under runs/ with hacks/ applied; the repository itself where there are none."""
+    """A copy of the repository under runs/ with these patches applied; the repository itself where there are none."""
     if not patches:
         return REPO
     copy = RUNS / f"{name}-code"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(".*", "runs", "golden", "benchmarks", "hacks"))
+    left = ".*", "runs", "golden", "benchmarks", "hacks", "weights", "data", "samples"
+    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(*left))
     for patch in patches:
         file = next(folder / patch for folder in (REPO / "hacks", PATCHES) if (folder / patch).exists())
         subprocess.run(["git", "apply", file], cwd=copy, check=True,
@@ -223,7 +224,7 @@ def cell(x):
 
 
 def table():
-    """The means of every arm, then the differences from the control, or for the open choices from mogan."""
+    """The means of every arm; its differences from its control in CONTROLS; what the last ten cycles logged."""
     results = read_results()
     head = lambda *cells: "\n| " + " | ".join(cells) + " |\n|---" + "|---:" * (len(cells) - 1) + "|"
     print(head("arm", "seeds", *COLUMNS.values()))
@@ -285,8 +286,8 @@ def main():
     if unknown or args.command == "run" and not arms:
         got = ", ".join(unknown) or "none"
         sys.exit(f"evidence.py: expected arms, all or of {', '.join((*FIXED, *ARMS))}, got {got}")
-    if args.command == "picture" and not (RUNS / "mogan-0" / "generator.safetensors").exists():
-        sys.exit(f"evidence.py: expected a generator in {RUNS / 'mogan-0'}: `run mogan --seeds 0` makes it, if "
+    if args.command == "picture" and not (RUNS / "mogan_30-0" / "generator.safetensors").exists():
+        sys.exit(f"evidence.py: expected a generator in {RUNS / 'mogan_30-0'}: `run mogan_30 --seeds 0` makes it, if "
                  f"{RESULTS.relative_to(REPO)} is moved away before")
     torch.set_num_threads(1)
     if args.command == "run":

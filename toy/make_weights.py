@@ -39,14 +39,14 @@ from torch import Tensor
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from model import DiTConfig, WanDiT, add_noise, few_step, few_step_times                           # noqa: E402
+from model import CONFIGS as DITS, WanDiT, add_noise, few_step, few_step_times                     # noqa: E402
 from model import load_dit, sample_noise, save_dit, shift_time                                     # noqa: E402
 from raft import CONFIGS as RAFTS, RAFT, save_raft                                                 # noqa: E402
 from sample import teacher_sample                                                                  # noqa: E402
 from toy.fit import fit, log, muon_adamw, schedule                                                 # noqa: E402
 from toy.world import ADVERBS, COLOURS, DIRECTIONS, FRAMES, PROMPTS, SHAPES, SIZE                  # noqa: E402
 from toy.world import attributes, clips, held_out, score                                           # noqa: E402
-from vae import VAEConfig, WanVAE, load_vae, save_vae                                              # noqa: E402
+from vae import CONFIGS as VAES, WanVAE, load_vae, save_vae                                        # noqa: E402
 from text import WAN_NEGATIVE, load_text_encoder                                                   # noqa: E402
 from weights import write_tensors                                                                  # noqa: E402
 
@@ -67,7 +67,7 @@ def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 # VAE
 
-VAE = VAEConfig(dim=8, z_dim=8, latents_mean=(0.,) * 8, latents_std=(1.,) * 8, res_blocks=1)
+VAE = VAES["toy"]
 
 
 def is_kernel(name: str, p: Tensor) -> bool:
@@ -153,10 +153,10 @@ def train_vae(steps: int, folder: Path, out: Path) -> None:
 
     def loss(step):
         x = vae_batch(pool, centre, step, steps)
-        mean, logvar = vae.moments(x, 4, False)
+        mean, logvar = vae.moments(x, 4)
         logvar = logvar.clamp(-12, 4)
         z = mean + (.5 * logvar).exp() * torch.randn(mean.shape, generator=seeded("vae", step)).to(DEVICE)
-        pixel, probe = pixel_loss(vae.decode(z, 4, False), x), net["probe"](z, x)
+        pixel, probe = pixel_loss(vae.decode(z, 4), x), net["probe"](z, x)
         kl = .5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return pixel + 3e-4 * kl + .3 * probe, {"pixel": pixel, "kl": kl, "probe": probe}
 
@@ -297,7 +297,7 @@ CHUNK, CHUNKS = 256, 28
 def latents(vae: WanVAE, chunks: int = CHUNKS, lurch: float = 0.) -> dict[str, Tensor]:
     """z, the prompt's row in PROMPTS, and the shape's cover of 4-px cells, of 256 clips a chunk; made once."""
     encoder = torch.cat([p.flatten() for p in [*vae.encoder.parameters(), *vae.conv1.parameters()]]).cpu()
-    path = RUNS / f"latents-{zlib.crc32(encoder.numpy()):08x}{f'-lurch-{lurch}' if lurch else ''}.safetensors"
+    path = RUNS / f"latents-{zlib.crc32(encoder.numpy()):08x}-{chunks}{f'-lurch-{lurch}' if lurch else ''}.safetensors"
     if not path.exists():
         parts = []
         for seed in range(60_000_000, 60_000_000 + CHUNK * chunks, 32):
@@ -331,7 +331,7 @@ def train_decoder(steps: int, folder: Path, out: Path) -> None:
         pick, start = index + torch.randint(CHUNK, (4,), generator=rng), int(torch.randint(3, (1,), generator=rng))
         x, z = clips((60_000_000 + pick).tolist(), device=DEVICE).pixels, pool[pick].float()
         z = (z + .1 * torch.rand(4, 1, 1, 1, 1, generator=rng) * torch.randn(z.shape, generator=rng)).to(DEVICE)
-        pixel = pixel_loss(vae.decode_window(z, start, 2, 4, False), x[:, :, 4 * start:4 * start + 9])
+        pixel = pixel_loss(vae.decode_window(z, start, 2, 4), x[:, :, 4 * start:4 * start + 9])
         return pixel, {"pixel": pixel}
 
     opts = muon_adamw(net, is_kernel, .006, 1e-3)
@@ -344,7 +344,7 @@ def train_decoder(steps: int, folder: Path, out: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Teacher
 
-DIT = DiTConfig(dim=128, heads=4, ffn_dim=512, layers=6, in_dim=VAE.z_dim, freq_dim=64, text_dim=64, text_len=TEXT_LEN)
+DIT = DITS["toy"]
 GUIDANCE = 2.0                  # of the 50-step sampler: v_neg + GUIDANCE (v_pos - v_neg)
 TAP = 4                         # the auxiliary head reads the tokens after so many blocks
 
@@ -436,6 +436,7 @@ def sample_clips(net: WanDiT, vae: WanVAE, pairs: list, steps: int, guidance: fl
 # Student
 
 STUDENT = {"timesteps": (1000, 857, 600), "shift": 3.0}     # three steps; their noise levels are 1, .857 and .6
+ALONE = "--preset toy --cycles 0 --fake_warmup 0 --discriminator_warmup 0 --samples 0 --save_every 50".split()
 DMD = ["--batch", "16", "--micro_batch", "8", "--fake_updates", "3", "--lr_generator", "2e-4", "--guidance", "1",
        "--ema", ".97"]                                     # guidance 1 is GUIDANCE - 1
 
@@ -448,11 +449,9 @@ def few_step_clips(net: WanDiT, vae: WanVAE, pairs: list[tuple[str, int]]) -> Te
 
 def train_student(steps: int, folder: Path, out: Path) -> None:
     """Distil the teacher by train.py itself: its DMD warm-up alone, resumable like all its runs."""
-    began, ranks = time.time(), torch.cuda.device_count() or 2
-    command = ["--standalone", "--nproc_per_node", str(ranks), str(REPO / "train.py"), "--preset", "toy",
-               "--generator", str(WEIGHTS / "teacher.safetensors"), "--out", str(folder / "run"), "--dmd_warmup",
-               str(steps), "--cycles", "0", "--fake_warmup", "0", "--discriminator_warmup", "0", "--samples", "0",
-               "--save_every", "50", *DMD]
+    began = time.time()
+    command = ["--standalone", "--nproc_per_node", "2", str(REPO / "train.py"), *ALONE, "--generator",
+               str(WEIGHTS / "teacher.safetensors"), "--out", str(folder / "run"), "--dmd_warmup", str(steps), *DMD]
     if subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], cwd=REPO).returncode:
         sys.exit("make_weights.py: train.py ended with an error, see above; the same command resumes it")
     minutes, net = (time.time() - began) / 60, load_dit(folder / "run" / "generator_ema.safetensors").to(DEVICE)
