@@ -14,7 +14,6 @@ sample clips and checkpoints; that the discriminator's trunk rests during its wa
 """
 
 import argparse
-import itertools
 import math
 import weakref
 from collections import Counter, defaultdict
@@ -141,6 +140,26 @@ class Count(TorchDispatchMode):
         self.now -= self.alive.pop(key)[0]
 
 
+def without_files(cfg, device="cpu"):
+    """What train.py reads from files, by the names it knows it under: random networks, contexts and clips."""
+    dit, flow = model.CONFIGS[cfg.preset], raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]
+
+    def random_dit(*_, **__):
+        net = model.WanDiT(dit).init_weights()
+        torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
+        return net
+
+    def random_clips(videos, keys, frames, size, *_):
+        return ((torch.randint(256, (len(key), 3, frames, *size), dtype=torch.uint8, device=device),
+                 torch.ones(len(key))) for key in keys)
+
+    return {
+        "load_dit": random_dit, "load_vae": lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False),
+        "load_raft": lambda _: raft.RAFT(flow).requires_grad_(False), "find_weights": lambda *_: None,
+        "encode_prompts": lambda *_: lambda texts: torch.randn(len(texts), dit.text_len, dit.text_dim),
+        "read_prompts": lambda _: [""], "real_clips": random_clips}
+
+
 def counted(cfg, device="meta"):
     """One cycle of train.train(cfg), its warm-ups left out: (networks, optimizers, VAE and RAFT, updates).
 
@@ -148,8 +167,6 @@ def counted(cfg, device="meta"):
     than meta the networks are random and everything is computed.
     """
     cfg = replace(cfg, fake_warmup=0, dmd_warmup=0, discriminator_warmup=0, cycles=1, samples=0)
-    dit, flow = model.CONFIGS[cfg.preset], raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]
-    clip = cfg.micro_batch, 3, cfg.frames if cfg.latent_gan else 1 + 4 * cfg.window, cfg.height, cfg.width
     count, nets, loaded, optimizers, updates, base = Count(), [], [], [], [], []
     load_networks, mocked = train.load_networks, mock.MagicMock
 
@@ -182,13 +199,8 @@ def counted(cfg, device="meta"):
         return dict.fromkeys(sums, 0.0)
 
     stand_ins = {
-        "load_networks": load, "shard": shard, "global_means": global_means, "print0": mocked(),
-        "find_weights": mocked(), "read_prompts": lambda _: [""], "load_dit": lambda *_, **__: model.WanDiT(dit),
-        "load_vae": lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False),
-        "load_raft": lambda _: raft.RAFT(flow).requires_grad_(False),
-        "encode_prompts": lambda *_, **__: lambda texts: torch.zeros(len(texts), dit.text_len, dit.text_dim),
-        "real_clips": lambda *_: ((torch.zeros(clip, dtype=torch.uint8, device=device), torch.ones(cfg.micro_batch))
-                                  for _ in itertools.count()),
+        **without_files(cfg, device), "load_networks": load, "shard": shard, "global_means": global_means,
+        "print0": mocked(),
         "setup": lambda *_, **__: (torch.device(device), None), "tqdm": lambda cycles, **_: cycles,
         "checkpoint": mocked(start_of=lambda *_: 0, live_state=checkpoint.live_state, Log=begin)}
     stand_ins = {name: value for name, value in stand_ins.items() if hasattr(train, name)}  # a hack may do without

@@ -15,27 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def without_files(train, cfg):
-    """Let train.train(cfg) do without any file: random weights, clips and prompts; nothing is saved or exported."""
-    import raft
-    import vae
-    from model import CONFIGS, WanDiT
-    dit, flow = CONFIGS[cfg.preset], raft.CONFIGS["toy" if cfg.preset == "toy" else "large"]
-
-    def random_dit(*_, **__):
-        net = WanDiT(dit).init_weights()
-        torch.nn.init.normal_(net.head.head.weight, std=0.02)  # it starts at zero: no gradient would pass
-        return net
-
-    def random_clips(videos, keys, frames, size, *_):
-        return ((torch.randint(256, (len(key), 3, frames, *size), dtype=torch.uint8), torch.ones(len(key)))
-                for key in keys)
-
-    cfg.prompts = ""
-    train.load_dit, train.real_clips = random_dit, random_clips
-    train.load_vae = lambda _: vae.WanVAE(vae.CONFIGS[cfg.preset]).requires_grad_(False)
-    train.load_raft = lambda _: raft.RAFT(flow).requires_grad_(False)
-    train.encode_prompts = lambda *_: lambda texts: torch.randn(len(texts), dit.text_len, dit.text_dim)
-    train.find_weights = train.checkpoint.claim = train.checkpoint.save = train.checkpoint.export = lambda *_: None
+    """Let train.train(cfg) do without any file, as cost.py does; nothing is saved or exported."""
+    import cost
+    vars(train).update(cost.without_files(cfg))
+    train.checkpoint.claim = train.checkpoint.save = train.checkpoint.export = lambda *_: None
 
 
 def flags(doc, **defaults):
