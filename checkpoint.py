@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import statistics
+import subprocess
 import time
 import zlib
 from collections import deque
@@ -103,7 +104,7 @@ def claim(out, start):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # never closed: locked until this process ends
             try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the clips' workers would inherit
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers inherit
             except (BlockingIOError, PermissionError):
                 problem = f"{out}: another train.py writes there ({os.read(lock, 200).decode(errors='replace')})"
             except OSError:
@@ -273,21 +274,21 @@ def export(cfg, cycle, net, name, state=None):
 
     Of the generator a copy in bf16, NAME-CYCLE, stays at the first export after every cfg.keep_every cycles.
     """
-    full = {}
+    full, commit = {}, ""
     for key, value in (state or net.state_dict()).items():
         value = value.full_tensor()
         if rank() == 0:
             full[key] = value.cpu()
     if rank() == 0:
-        head = REPO / ".git" / "HEAD"
-        ref = head.read_text().split()[-1] if head.exists() else ""
-        commit = (REPO / ".git" / ref).read_text().strip() if ref and (REPO / ".git" / ref).is_file() else ref
+        with suppress(OSError, subprocess.CalledProcessError):  # no git here: no commit
+            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPO, stderr=-3, text=True).strip()
         sampler = json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift})
+        few_step = {} if name == "fake_score" else {"sampler": sampler}
         kept = name == "generator" and cycle % max(1, cfg.keep_every) < cfg.save_every * bool(cfg.keep_every)
         for file, dtype in [(f"{name}-{cycle:06d}", torch.bfloat16)] * kept + [(name, torch.float32)]:
             path = Path(cfg.out) / f"{file}.safetensors"
             save_dit({key: value.to(dtype) for key, value in full.items()}, path.with_suffix(".part"), net.cfg,
-                     preset=cfg.preset, cycle=cycle, commit=commit, sampler=sampler)
+                     preset=cfg.preset, cycle=cycle, commit=commit, **few_step)
             publish(path.with_suffix(".part"), path)
 
 

@@ -139,7 +139,7 @@ def writing(path, size=0):
     except (OSError, RuntimeError, SafetensorError) as error:
         wanted = f"{gb(size)} wanted, " * (size > 0)
         raise ValueError(f"{path} cannot be written ({wanted}{gb(shutil.disk_usage(path.parent).free)} free there): "
-                         f"{error}") from None
+                         f"{type(error).__name__}: {error}") from None
 
 
 def fail(script, line, status=2):

@@ -2,15 +2,15 @@
 
     python cost.py --preset wan1.3b --ranks 16      # every flag of train.py, and --ranks: processes, one a card
 
-Nothing here knows what a network looks like: train.train() itself runs a cycle on the device "meta", whose tensors have
+Nothing here knows what a network computes: train.train() itself runs a cycle on the device "meta", whose tensors have
 shapes and no numbers, and a dispatch mode sees every operator, the tensors it makes and when they go. What you change
 in train.py or in a network is in the figures.
 
 Extrapolated: one micro-batch of each update and one fake-score update are counted and multiplied (a test holds that
-against a whole cycle). The sampler's exit and the window's start stand in the middle of their ranges, which is the
-average. FSDP does not run: shards and gathered parameters follow from the networks' sizes, see `held`.
+against a whole cycle). The sampler's exit and the window's start stand in the middle of their ranges, the average where
+their number is odd. FSDP does not run: shards and gathered parameters follow from the networks' sizes, see `held`.
 Not counted: fragments of the allocator, workspaces, the CUDA context; the time of collectives, launches, loading,
-sample clips and checkpoints; that the discriminator's trunk rests during its warm-up.
+sample clips and checkpoints; with --no-dmd the rollouts of the discriminator's warm-up.
 """
 
 import argparse

@@ -109,13 +109,13 @@ class Draw(NamedTuple):
         """One of range(count), the same for all samples and ranks."""
         return seed_of(self.seed, self.cycle, self.role, what) % count
 
-    def window(self, frames, length):
-        """Where a window of `length` of `frames` starts; drawn over the ends too, then moved inside.
+    def window(self, latents, length):
+        """Where a window of `length` of `latents` starts; drawn over the ends too, then moved inside.
 
-        With 13 of 21 the first and the last frame are judged 13 times in 33; of the places inside alone, once in nine.
+        With 13 of 21 the first and the last latent are judged 13 times in 33; of the places inside alone, once in nine.
         """
-        place = self.choice("window", frames + length - 1) - (length - 1)
-        return min(max(place, 0), frames - length)
+        place = self.choice("window", latents + length - 1) - (length - 1)
+        return min(max(place, 0), latents - length)
 
 
 def few_step(generator, noise, context, times, stop=None):

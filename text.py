@@ -1,4 +1,4 @@
-"""Prompts in files and as names of videos; for the DiT Wan's cleaning, UMT5 or the toy's encoder, encoded prompts."""
+"""Prompts: in files, as names of videos, cleaned as Wan does, encoded by UMT5 or the toy's encoder, kept on disk."""
 
 import contextlib
 import functools

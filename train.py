@@ -43,10 +43,10 @@ class Config:
     preset: str = "auto"            # toy, wan1.3b, wan14b; auto: wan1.3b where CUDA is available, else toy
     out: str = ""                   # run folder, default runs/<preset>: checkpoints, log, samples, exports
     seed: int = 0                   # of every random number
-    # weights: files, folders or hub names
+    # weights: of generator and fake score a file, folder or hub name
     weights: str = ""               # folder of the preset's weights, default as in README
     generator: str = ""             # 3-step student to start from; default the preset's own, else the teacher
-    fake_score: str = ""            # to start from, as a run exports it; default the teacher
+    fake_score: str = ""            # file to start from, as a run exports it; default the teacher
     raft: str = ""                  # default in the weights folder or weights/raft-things.pth
     # data
     videos: str = str(REPO / "data" / "videos")          # folder of real videos, or a list of clips (video.py)
@@ -112,7 +112,7 @@ PRESETS = {
 RANGES = {  # least and most of flags; of the others 0 and 100,000
     **dict.fromkeys(("batch", "discriminator_batch", "micro_batch", "fake_updates", "raft_iters", "window"), (1, 4096)),
     **dict.fromkeys(("height", "width", "frames"), (1, 4097)), "save_every": (1, 10**5), "seed": (0, 10**15),
-    **dict.fromkeys(("sigma", "flow_scale", "shift"), (1e-6, 1000)), "workers": (0, 100)}
+    **dict.fromkeys(("sigma", "flow_scale", "shift"), (1e-6, 1000)), "workers": (0, 100), "ema": (0, 1)}
 
 
 def parse_flags(argv=None):
@@ -216,9 +216,9 @@ def mean(x):
 
 
 def dmd_loss(z0, x0_real, x0_fake):
-    """Eq. 1-2: its gradient in z0 is (x0_fake - x0_real) / mean|z0 - x0_real|, the difference of the scores.
+    """Eq. 1-2: its gradient in z0 goes as (x0_fake - x0_real) / mean|z0 - x0_real|, the difference of the scores.
 
-    CHOICE: Eq. 1 prints the opposite sign, which would raise the KL; DMD (arXiv 2405.14867) descends it.
+    CHOICE: Eq. 1 prints the opposite sign, which would raise the KL; DMD2 (arXiv 2405.14867) descends it.
     """
     grad = (x0_fake - x0_real) / mean((z0 - x0_real).abs()).view(-1, 1, 1, 1, 1)
     return 0.5 * mean((z0 - (z0 - grad).detach()).square())
@@ -290,12 +290,12 @@ def adamw(net, lr):
 
 
 def train(cfg):
-    for path in cfg.weights, cfg.generator or cfg.weights, cfg.fake_score or cfg.weights:  # bad input shows first
+    for path in filter(None, (cfg.weights, cfg.generator, cfg.fake_score)):  # bad input shows first
         find_weights(path, "a Wan DiT")
     find_weights(find_raft(cfg.weights, cfg.raft), "RAFT")
     prompts, times = read_prompts(cfg.prompts), few_step_times(cfg.timesteps, cfg.shift)
-    print0(f"generator: {cfg.generator or 'the teacher itself'}, then {cfg.dmd_warmup} cycles of DMD and at most "
-           f"{cfg.discriminator_warmup} of the discriminator before the flow GAN; weights: {cfg.weights}")
+    print0(f"generator: {cfg.generator or 'the teacher itself'}; {cfg.fake_warmup} cycles of the fake score, "
+           f"{cfg.dmd_warmup} of DMD, at most {cfg.discriminator_warmup} of the discriminator, {cfg.cycles} of MoGAN")
     phases = ["fake_warmup"] * cfg.fake_warmup + ["dmd_warmup"] * cfg.dmd_warmup
     phases += ["discriminator_warmup"] * cfg.discriminator_warmup + ["mogan"] * cfg.cycles
     out, last, start = Path(cfg.out), len(phases), checkpoint.start_of(cfg, len(phases))
@@ -334,11 +334,11 @@ def train(cfg):
             net(torch.zeros(1, shape[0], 1, 2, 2, device=device), torch.zeros(1, device=device), motion_context)
 
     def rollout(draw):
-        """z0 by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-5"""
+        """z0 by backward simulation from fresh prompts and noise, and their context. Alg. 1 l.4-6"""
         context = contexts(draw.prompts(prompts)).to(device)
         # CHOICE: one exit step for all samples of an update: ranks must call a sharded network equally often.
         exit_step, noise = draw.choice("exit", len(times)), draw.noise(shape, len(times)).to(device)
-        return few_step(generator, noise, context, times, exit_step), context
+        return few_step(generator, noise, context, times, exit_step), context  # CHOICE: l.6 feeds it the final z0
 
     def score_times(draw):
         """t [B] of a score update. CHOICE: uniform, shifted, clamped, as CausVid; the paper: t ~ [0, 1]."""
@@ -388,7 +388,7 @@ def train(cfg):
         for index, _ in micro_batches(cfg.samples, cfg.micro_batch):
             chosen = [sampled[i] for i in index]
             noise = sample_noise([seed_of("sample", i) for i in index], shape, len(times)).to(device)
-            x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1).float()
+            x = vae.decode(few_step(generator, noise, contexts(chosen).to(device), times)).clamp(-1, 1)
             for i, prompt, clip in zip(index, chosen, x):
                 if i < min(4, cfg.samples):
                     both = clip_beside_flow(clip, video_flow(raft, clip[None], cfg.raft_iters)[0])
@@ -432,7 +432,7 @@ def train(cfg):
                 z0, context = rollout(draw)
                 with torch.no_grad():
                     t = score_times(draw)
-                    z_t = add_noise(z0, draw.renoise(shape).to(device), t)  # CHOICE: of the exit's z0; l.6: the last
+                    z_t = add_noise(z0, draw.renoise(shape).to(device), t)
                     x0_fake = velocity_to_x0(fake_score(z_t, t, context), z_t, t)
                     x0_pos = velocity_to_x0(teacher(z_t, t, context), z_t, t)
                     x0_neg = velocity_to_x0(teacher(z_t, t, negative.expand_as(context)), z_t, t)
@@ -480,7 +480,8 @@ def train(cfg):
                     r1=r_loss(real, noised_real, cfg.sigma), r2=r_loss(gen, noised_gen, cfg.sigma))
                 (cfg.lambda_d * gan_d + cfg.lambda_r1 * r1 + cfg.lambda_r2 * r2).backward()
             figures |= update("discriminator", sums, "discriminator")
-            state["separation"].lerp_(torch.tensor(figures["gan_d"]), 0.2)
+            if not failures["discriminator"]:  # NaN would stay
+                state["separation"].lerp_(torch.tensor(figures["gan_d"]), 0.2)
 
         for key, value in ema.items():
             value.lerp_(state[f"generator.{key}"], 1 - cfg.ema)

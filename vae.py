@@ -342,10 +342,6 @@ class WanVAE(nn.Module):
         self.conv1 = nn.Conv3d(2 * cfg.z_dim, 2 * cfg.z_dim, 1)
         self.conv2 = nn.Conv3d(cfg.z_dim, cfg.z_dim, 1)
 
-    def mean_std(self, z):
-        """The latents' mean and std, fp32, to broadcast against z."""
-        return mean_std(self.cfg, z.device)
-
     def moments(self, x, latents_per_pass=1):
         """Raw (mean, log variance) of the posterior of x, each [B, C, f, h, w]; takes what encode takes."""
         if x.ndim != 5 or x.shape[1] != 3 or x.shape[2] % 4 != 1:
@@ -360,7 +356,7 @@ class WanVAE(nn.Module):
 
         Raises ValueError unless T = 1 + 4k and H and W are divisible by 8.
         """
-        mean, std = self.mean_std(x)
+        mean, std = mean_std(self.cfg, x.device)
         return ((self.moments(x, latents_per_pass)[0] - mean) / std).to(x.dtype)
 
     def advance(self, z, state=None, latents_per_pass=1):
@@ -371,7 +367,7 @@ class WanVAE(nn.Module):
         if z.ndim != 5 or z.shape[1] != self.cfg.z_dim or not z.shape[2]:
             raise ValueError(f"expected latents [B, {self.cfg.z_dim}, f, h, w], got {list(z.shape)}: are they "
                              "another VAE's?")
-        mean, std = self.mean_std(z)
+        mean, std = mean_std(self.cfg, z.device)
         y = self.conv2((z * std + mean).to(self.conv2.weight.dtype))
         x, state = scan(self.decoder.layers(), y, state, latents_per_pass)
         return x.to(z.dtype), state

@@ -32,7 +32,7 @@ def find_weights(path, what="weights"):
     """The weights file behind a path: a file, a folder (official, diffusers, ours), a hub 'owner/name[/inside]'."""
     path = Path(path)
     hub, inside = "/".join(path.parts[:2]), "/".join(path.parts[2:])
-    local = path.exists() or inside and Path(path.parts[0]).exists()  # a misspelt file of ours is nobody's repository
+    local = path.exists() or inside and Path(path.parts[0]).exists()  # a misspelt file of ours, no repository
     if not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)+", str(path)):
         from huggingface_hub import snapshot_download
         kinds, other = ["*.json", "*.safetensors", "*.pt", "*.pth"], ["*vae*", "*VAE*", "text_encoder*", "*t5*"]
@@ -111,8 +111,9 @@ def read_state_dict(path, entry=None):
 def header(path):
     """String metadata of a .safetensors file, or of the one in a folder; {} without a path or where there is none."""
     with suppress(TypeError, ValueError, FileNotFoundError, SafetensorError):
-        find_weights(path).open("rb").close()  # the library calls a file that may not be read missing
-        with safe_open(find_weights(path), "pt") as file:
+        path = find_weights(path)
+        path.open("rb").close()  # the library calls a file that may not be read missing
+        with safe_open(path, "pt") as file:
             return file.metadata() or {}
     return {}
 
@@ -129,8 +130,8 @@ def write_tensors(state, path, metadata=None):
 def save_weights(state, config, path, metadata):
     """Write tensors to a .safetensors whose header holds the config, as JSON, and the metadata, as strings."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    header = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
-    write_tensors(state, path, {"format": "pt", **header})
+    meta = {"config": json.dumps(asdict(config)), **{key: str(value) for key, value in metadata.items()}}
+    write_tensors(state, path, {"format": "pt", **meta})
 
 
 def stated_config(kind, meta, source):

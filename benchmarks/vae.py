@@ -12,7 +12,7 @@ import diffusers
 import torch
 
 from compare import flags, hardware, peaks, report, settle_memory
-from vae import load_vae
+from vae import load_vae, mean_std
 
 args = flags(__doc__, latents=5, height=15, width=26, latents_per_pass=1, weights="")
 dtype, n = getattr(torch, args.dtype), args.latents_per_pass
@@ -26,7 +26,7 @@ def calls(side, net, f, h, w):
     if side == "diffusers":
         return {"diffusers decode": lambda: net.decode(z).sample,
                 "diffusers encode": lambda: net.encode(x).latent_dist.mode()}
-    mean, std = net.mean_std(z)
+    mean, std = mean_std(net.cfg, z.device)
     z = ((z - mean) / std).to(dtype)
     return {"ours decode": lambda: net.decode(z, n).clamp(-1, 1),
             "ours encode": lambda: net.encode(x, n) * std + mean}
