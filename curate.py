@@ -2,9 +2,10 @@
 
     python curate.py DIR --out clips.jsonl              # then: python train.py --videos clips.jsonl
 
-Every file is decoded once and measured small. Out fall cuts, fades, black, repeated frames (telecine, animation on
-twos, slide shows, frozen streams), interlacing and uneven time stamps; black bars are cropped away. The rest is divided
-into clips as long as training reads them. A line of the list is one clip:
+Every file is decoded once and measured small. Out fall cuts, fades, dissolves, wipes, black, repeated frames (telecine,
+animation on twos, slide shows, frozen streams), interlacing and uneven time stamps; black bars are cropped away. The
+rest is divided into clips as long as training reads them. Not found are pushes, where one picture shoves out the other,
+dissolves and wipes between fast pans, and wipes between wide black bars. A line of the list is one clip:
 
   file           relative to the list's folder where it lies under it, else absolute
   start, fps     seconds of the first frame, and the file's rate
@@ -51,8 +52,9 @@ SEARCH = 12              # px of SMALL, 48 of SIZE, between two frames of a clip
 SMALL, CELL = 208, 4     # px, longer side of what is measured on, a quarter of 832; and side of its cells
 CUT, CUT_RATIO = 15, 3   # PySceneDetect's AdaptiveDetector: change in HSV, and that over its four neighbours' mean
 BLACK = 12               # PySceneDetect's ThresholdDetector: mean level of a black frame
-FADE_SPAN = 0.5          # CHOICE: s over which a fade or dissolve is told by being the even mean of what is around it:
-FADE, FADE_BEND = 8, .3  # mean change of level over the span, and distance of the middle from the ends' mean, of that
+BLEND_SPANS = 0.5, 1     # CHOICE: s between two frames that the one in the middle is compared with, see `blended`;
+BLEND = 8                # their mean change of level at least, and shares of that by which the middle may be off:
+FADE_BEND, WIPE_BEND, WIPE_AREA = .3, .2, .75  # of a fade; of a wipe, where this share of the picture changes
 STILL = 0.25             # ffmpeg's freezedetect, -60 dB of 255 levels; here of the cells that change most
 REPEAT = 0.2             # CHOICE: a frame that changes less than this share of those before and after repeats
 COMB, COMB_EVERY = 1.2, 3  # CHOICE: see `comb`; progressive pictures reach 0.9, grain 1. Telecine combs 2 frames of 5
@@ -96,6 +98,20 @@ def comb(luma, moving):
     x = luma[:, (2 * np.arange(w) + 1) * W // (2 * w)].astype(np.int16)  # one column of each cell
     near, far = (np.abs(2 * x[2:-2] - x[2 - k : H - 2 - k] - x[2 + k : H - 2 + k])[mask].sum() for k in (1, 2))
     return near / max(1, far) if moving.mean() > 0.01 else 0.0
+
+
+def blended(first, middle, last):
+    """Is luma `middle` the mean of the others, as in a fade or dissolve, or in each place one of them, as in a wipe?
+
+    What moves is mostly neither: halfway it covers a third place. The exception is what sweeps over most of a still
+    picture. Away from cuts, real clips came no closer to WIPE_BEND than .22.
+    """
+    change, before, after = np.abs(last - first), np.abs(middle - first), np.abs(last - middle)
+    mean = change.mean()
+    fade = np.abs(middle - (first + last) / 2).mean() < FADE_BEND * mean
+    wipe = np.minimum(before, after).mean() < WIPE_BEND * mean and (change > 3).mean() > WIPE_AREA
+    # What begins or stops to move is near one of them too, but everywhere the same one.
+    return mean > BLEND and (fade or wipe and min(before.mean(), after.mean()) > 0.3 * mean)
 
 
 def block_flow(a, b):
@@ -150,12 +166,12 @@ def upright(frame, H, W):
 def measure(path, frames):
     """One pass over a file, up to its damage if it has any, as a dict of what `faults` and `clips_of` need.
 
-    fps, stride and span, the file's frames that a clip of `frames` covers; size (H, W) upright; reach, half of
-    FADE_SPAN in frames; error, a line or ""; a value a frame of time, change (of the cells that change most), content,
-    fade (the even mean of those around?), comb, rows and columns (mean levels); pairs, (frame, *block_flow).
+    fps, stride and span, the file's frames that a clip of `frames` covers; size (H, W) upright; error, a line or "";
+    a value a frame of time, change (of the cells that change most), content, blend (0, or n if it is `blended` of those
+    n before and after), comb, rows and columns (mean levels); pairs, (frame, *block_flow).
     """
-    m = {name: [] for name in ("time", "change", "content", "fade", "comb", "rows", "columns", "pairs")}
-    m["error"], size, held, recent = "", None, None, deque()
+    m = {name: [] for name in ("time", "change", "content", "blend", "comb", "rows", "columns", "pairs")}
+    m["error"], size, held = "", None, None
     try:
         with open_video(path) as (container, stream):
             stream.codec_context.thread_count = 1  # one core a file
@@ -163,7 +179,9 @@ def measure(path, frames):
             m["fps"], m["stride"] = fps, stride_of(fps)
             stride = m["stride"]
             check_rate(path, fps / stride, stride, RATES)
-            m["span"], m["reach"] = span, reach = (frames - 1) * stride + 1, max(2, round(fps * FADE_SPAN / 2))
+            m["span"] = span = (frames - 1) * stride + 1
+            reaches = [max(2, round(fps * seconds / 2)) for seconds in BLEND_SPANS]
+            recent = deque(maxlen=2 * reaches[-1] + 1)
             for i, (time, frame) in enumerate(timed_frames(path, container, stream, 0.0)):
                 m["size"] = size = size or upright_size(frame, aspect)
                 expect(upright_size(frame, aspect) == size, f"one size of frames in {path}", f"another at {time:.2f} s")
@@ -179,11 +197,10 @@ def measure(path, frames):
                 m["columns"].append(luma.mean(axis=0).astype(np.uint8))
                 m["comb"].append(0 if i % COMB_EVERY else comb(
                     frame.reformat(format="gray").to_ndarray(), np.rot90(moved > 6, -frame.rotation // 90)))
-                m["fade"].append(False)
-                if len(recent) > 2 * reach:
-                    (first, _), (middle, _), (last, _) = recent.popleft(), recent[reach - 1], recent[-1]
-                    change, bend = np.abs(last - first).mean(), np.abs(middle - (first + last) / 2).mean()
-                    m["fade"][i - reach] = change > FADE and bend < FADE_BEND * change
+                m["blend"].append(0)
+                for n in reaches:
+                    if i >= 2 * n and blended(*(recent[k][0][::2, ::2] for k in (-1 - 2 * n, -1 - n, -1))):
+                        m["blend"][i - n] = n
                 if held and i == held[0] + stride:
                     m["pairs"].append((held[0], *block_flow(held[1], luma)))
                 if i % max(stride + 1, span // PAIRS) == 0:
@@ -211,8 +228,9 @@ def faults(m):
     repeats = (change < REPEAT * usual) & (np.maximum(*around(change, 1, np.max)) > usual / 2)
     why[repeats | (change < STILL)] = "repeated frames"
     why[(content >= CUT) & (content >= CUT_RATIO * np.mean(around(content, 2, np.mean), axis=0))] = "cut"
-    for i in np.flatnonzero(m["fade"]):
-        why[max(0, i - m["reach"]) : i + m["reach"] + 1] = "fade or dissolve"
+    for i in np.flatnonzero(m["blend"]):
+        n = m["blend"][i]
+        why[i - n : i + n + 1] = "fade, dissolve or wipe"
     why[np.mean(m["rows"], axis=1) < BLACK] = "black"
     return why
 
