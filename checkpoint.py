@@ -295,7 +295,7 @@ def export(cfg, cycle, net, name, state=None):
 WATCHED = 20  # full cycles, whose median should lie in these ranges, and what to do where it does not
 RANGES = {
     "gan_d": (0.1, 1.35, "the discriminator has won: more --lambda_r1 and --lambda_r2, or hacks/random_t_star.patch",
-              "chance is 1.39: a --flow_scale nearer to the clips' speed, more --discriminator_warmup"),
+              "chance is 1.39: more --discriminator_batch, --discriminator_warmup, --flow_scale near the clips' speed"),
     "balance": (0.3, 3.0, "one AdamW takes its step sizes from both objectives, so the flow GAN hardly counts: more "
                 "--lambda_g", "one AdamW takes its step sizes from both, so DMD hardly counts: less --lambda_g")}
 
