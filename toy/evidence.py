@@ -41,20 +41,30 @@ WEIGHTS, RUNS, RESULTS = REPO / "toy" / "weights", REPO / "runs" / "evidence", R
 LURCH, PATCHES = RUNS / "lurch", REPO / "toy" / "patches"
 START = "--dmd_warmup 0 --discriminator_warmup 0 --cycles 0 --fake_warmup 50"
 FIXED = ("renders", "vae", "teacher", "student", "lurch_teacher", "lurch_student")  # nothing to train
+LEARNS = "--cycles 30 --discriminator_warmup 300 --discriminator_batch 24"  # from all rollouts, for as long as it takes
 ARMS = {
     "mogan": "",
     "dmd": "--dmd_warmup 120 --discriminator_warmup 0 --cycles 0",  # as many generator updates as mogan's 2 x 60
     # a motion GAN, or a bonus for speed? At half the length
     "mogan_30": "--cycles 30",
     "speed_reward": "--cycles 30 --discriminator_warmup 0 --lambda_g .7 speed_reward.patch",
-    "named": "--cycles 30 --discriminator_warmup 120 named.patch",
-    "caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
+    "speed_weak": "--cycles 30 --discriminator_warmup 0 --lambda_g .3 speed_reward.patch",
+    "named": f"{LEARNS} named.patch",
+    "caption": f"{LEARNS} named.patch caption.patch",
     "matched": "--cycles 30 matched.patch",
+    # files of 24 fps: read at native frames, and as the frame on show every 1/16 s
+    "native": "--cycles 30 native.patch",
     "stutter": "--cycles 30 stutter.patch",
+    # does it repair what DMD keeps?
     "lurch_dmd": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "lurch_mogan": "--cycles 30 matched.patch",
     "lurch_learned": "--cycles 30 --discriminator_warmup 120 matched.patch real_roundtrip.patch",
-    "lurch_caption": "--cycles 30 --discriminator_warmup 120 named.patch caption.patch",
+    "lurch_twins": f"{LEARNS} --window 4 twins.patch real_roundtrip.patch",
+    # the balance of the two objectives, and their order
+    "weak": "--cycles 30 --lambda_g .05",
+    "strong": "--cycles 30 --lambda_g 5",
+    "two": "--cycles 30 two_optimizers.patch",
+    "gan_first": "--cycles 30 gan_first.patch",
 }
 EARLIER = {  # before windows reached the ends and the discriminator warmed up, whole, until it separates
     "before": "",
@@ -81,8 +91,11 @@ COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast
     "jitter_ratio": "jitter / speed", "iou_fast": "IoU, fast", "iou": "IoU", "one_blob": "one blob", "shape": "shape"}
 FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", "wander", "jitter", "alternation",
            "plain_speed", "quickly", "colour", "direction"]
-CONTROLS = {"student": ("teacher", "mogan_30", "speed_reward", "named", "caption", "matched", "stutter"),
-            "speed_reward": ("mogan_30",), "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned"),
+CONTROLS = {"student": ("teacher", "mogan_30", "speed_reward", "speed_weak", "named", "caption", "matched", "native"),
+            "speed_reward": ("mogan_30", "native"), "speed_weak": ("mogan_30", "native", "caption"),
+            "native": ("stutter",), "named": ("caption",), "lurch_student": ("lurch_twins",),
+            "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned", "lurch_twins"),
+            "mogan_30": ("native", "weak", "strong", "two", "gan_first"),
             "dmd": ("before", "no_dmd", "no_r", "latent_gan"), "before": ("r_strong", "roundtrip"),
             "before_30": ("r_printed", "t_random", "algorithm", "first_window", "scale_1", "scale_9", "two_optimizers",
                           "ema")}
