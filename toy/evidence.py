@@ -49,6 +49,7 @@ ARMS = {
     "mogan_30": "--cycles 30",
     "speed_reward": "--cycles 30 --discriminator_warmup 0 --lambda_g .7 speed_reward.patch",
     "speed_weak": "--cycles 30 --discriminator_warmup 0 --lambda_g .3 speed_reward.patch",
+    "speed_weaker": "--cycles 30 --discriminator_warmup 0 --lambda_g .2 speed_reward.patch",
     "named": f"{LEARNS} named.patch",
     "caption": f"{LEARNS} named.patch caption.patch",
     "matched": "--cycles 30 matched.patch",
@@ -91,9 +92,11 @@ COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast
     "jitter_ratio": "jitter / speed", "iou_fast": "IoU, fast", "iou": "IoU", "one_blob": "one blob", "shape": "shape"}
 FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", "wander", "jitter", "alternation",
            "plain_speed", "quickly", "colour", "direction"]
-CONTROLS = {"student": ("teacher", "mogan_30", "speed_reward", "speed_weak", "named", "caption", "matched", "native"),
+CONTROLS = {"student": ("teacher", "mogan_30", "native", "speed_reward", "speed_weak", "speed_weaker", "matched",
+                        "named", "caption"),
             "speed_reward": ("mogan_30", "native"), "speed_weak": ("mogan_30", "native", "caption"),
-            "native": ("stutter",), "named": ("caption",), "lurch_student": ("lurch_twins",),
+            "speed_weaker": ("caption",), "native": ("stutter",), "named": ("caption",),
+            "lurch_student": ("lurch_twins",),
             "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned", "lurch_twins"),
             "mogan_30": ("native", "weak", "strong", "two", "gan_first"),
             "dmd": ("before", "no_dmd", "no_r", "latent_gan"), "before": ("r_strong", "roundtrip"),
