@@ -381,7 +381,7 @@ def evaluate(args):
     print(printable(f"report: {path}"))
     empty = [label for label, here in zip(labels, rows) if not any(row["scores"] for row in here)]
     if empty:
-        raise ValueError(f"no video of {', '.join(empty)} has a score, for the reasons above")
+        raise ValueError(f"no video of {printable(', '.join(empty))} has a score, for the reasons above")
 
 
 def parse(argv=None):
