@@ -1545,6 +1545,14 @@ def test_every_weight_weighs_its_own_loss(tmp_path, monkeypatch):
     assert [one["r1"], one["r2"]] == pytest.approx([two["r1"], two["r2"]], rel=0.2)  # of the gradient, not of sigma
 
 
+def test_times_of_score_updates_are_shifted_and_clamped(tmp_path, monkeypatch):
+    times, ends = [], torch.tensor([0.0, 1.0, 0.5])
+    monkeypatch.setattr(train.Draw, "uniform", lambda draw, _: ends[: len(draw.index)])
+    monkeypatch.setattr(train, "add_noise", lambda z, noise, t: times.append(t.tolist()) or add_noise(z, noise, t))
+    run(tiny_weights(tmp_path / "weights"), tmp_path / "run", *"--batch 3 --micro_batch 3 --fake_updates 1".split())
+    assert times == [pytest.approx([0.02, 0.98, 0.75])] * 2  # DMD and fake score; shift 3
+
+
 def test_what_was_frozen_before_training_stays_so(tmp_path, monkeypatch):
     weights, load = tiny_weights(tmp_path / "weights"), train.load_networks
 
