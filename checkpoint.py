@@ -281,14 +281,15 @@ def export(cfg, cycle, net, name, state=None):
             full[key] = value.cpu()
     if rank() == 0:
         with suppress(OSError, subprocess.CalledProcessError):  # no git here: no commit
-            commit = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=REPO, stderr=-3, text=True).strip()
+            head = ["git", "rev-parse", "HEAD"]
+            commit = subprocess.check_output(head, cwd=REPO, stderr=subprocess.DEVNULL, text=True).strip()
         sampler = json.dumps({"timesteps": cfg.timesteps, "shift": cfg.shift})
-        few_step = {} if name == "fake_score" else {"sampler": sampler}
+        stated = {} if name == "fake_score" else {"sampler": sampler}
         kept = name == "generator" and cycle % max(1, cfg.keep_every) < cfg.save_every * bool(cfg.keep_every)
         for file, dtype in [(f"{name}-{cycle:06d}", torch.bfloat16)] * kept + [(name, torch.float32)]:
             path = Path(cfg.out) / f"{file}.safetensors"
             save_dit({key: value.to(dtype) for key, value in full.items()}, path.with_suffix(".part"), net.cfg,
-                     preset=cfg.preset, cycle=cycle, commit=commit, **few_step)
+                     preset=cfg.preset, cycle=cycle, commit=commit, **stated)
             publish(path.with_suffix(".part"), path)
 
 

@@ -144,9 +144,9 @@ def writing(path, size=0):
 
 def fail(script, line, status=2):
     """End with one line on stderr, said once per node, or, once the process group is up, by the first that fails so."""
-    says = dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"
-    if dist.is_initialized() and dist.is_torchelastic_launched():  # torchrun keeps the store that ranks count in
-        says = dist.distributed_c10d._get_default_store().add(line, 1) == 1
+    says = os.environ.get("LOCAL_RANK", "0") == "0"
+    if line and dist.is_initialized():  # torchrun keeps the store that ranks count in; without it each says its own
+        says = not dist.is_torchelastic_launched() or dist.distributed_c10d._get_default_store().add(line, 1) == 1
     if line and says:
         tqdm.write(f"{script}: {printable(line)}", file=sys.stderr)
         sys.stderr.flush()

@@ -1530,7 +1530,9 @@ def test_ablations(tmp_path):
     assert latent["gan_d"] != full["gan_d"] and latent["dmd"] == full["dmd"]
     small = run(weights, tmp_path / "small", "--checkpointing", "--micro_batch", "1")[0]
     assert small.pop("phase") == "mogan"
-    assert small == pytest.approx({key: full[key] for key in small}, rel=2e-2, abs=1e-6)
+    for key in "norm_gan", "balance":  # of an untrained RAFT, whose gradient a CPU may round by .7 %
+        assert small.pop(key) == pytest.approx(full[key], rel=2e-2)
+    assert small == pytest.approx({key: full[key] for key in small}, rel=2e-3, abs=1e-6)
 
 
 def test_every_weight_weighs_its_own_loss(tmp_path, monkeypatch):

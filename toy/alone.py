@@ -46,9 +46,10 @@ def motion(kind: str, folder: Path) -> dict[int, tuple[list, list]]:
         pairs = [(world.PROMPTS[7 * i % len(world.PROMPTS)], 40_000_000 + i) for i in seeds]
         for flows, y in (real, x), (generated, few_step_clips(student, vae, pairs)):
             flows.append(video_flow(raft, y.clamp(-1, 1), TOY["raft_iters"]))
+    real, generated = torch.cat(real), torch.cat(generated)
 
     def encoded(flows, start, window):
-        cut = torch.cat(flows)[:, :, 4 * start : 4 * (start + window)]
+        cut = flows[:, :, 4 * start : 4 * (start + window)]
         return torch.cat([vae.encode(motion_tensor(part, TOY["flow_scale"]), 3) for part in cut.split(20)])
     return {window: tuple([encoded(flows, start, window) for start in range(5 - window)]
                           for flows in (real, generated)) for window in (2, 4)}

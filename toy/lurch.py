@@ -24,7 +24,7 @@ from model import add_noise, load_dit, save_dit                                 
 from toy.fit import fit                                                                            # noqa: E402
 from toy.make_weights import ALONE, DEVICE, DMD, WEIGHTS, context_table, few_step_clips            # noqa: E402
 from toy.make_weights import latents, teacher_batch                                                # noqa: E402
-from toy.world import FRAMES, MARGIN, PROMPTS, SIZE, attributes, track                             # noqa: E402
+from toy.world import AREAS, FRAMES, MARGIN, PROMPTS, SIZE, attributes, track                      # noqa: E402
 from vae import load_vae                                                                           # noqa: E402
 
 LURCH, CHUNKS, STEPS, DMD_CYCLES, TWINS = .6, 8, 300, 60, 1000
@@ -74,8 +74,8 @@ def twins(out: Path) -> list:
         for i, (text, _) in enumerate(part):
             if seen["one_blob"][i]:
                 colour, shape, direction, adverb = attributes(text)
-                unit = (math.pi, 4 * .9 ** 2, 3 * math.sqrt(3) * .65 ** 2)[shape]  # area at radius 1
-                radius, velocity = (seen["area"][i].mean() / unit).sqrt() - .12, seen["velocity"][i]  # .12: the VAE's
+                radius = (seen["area"][i].mean() / AREAS[shape]).sqrt() - .12  # what the VAE adds
+                velocity = seen["velocity"][i]
                 travel = velocity * (FRAMES - 1)
                 low, room = MARGIN * radius - travel.clamp(max=0), SIZE - 1 - 2 * MARGIN * radius - travel.abs()
                 start = ((seen["position"][i].mean(0) - travel / 2 - low) / room.clamp(min=1)).clamp(0, 1)

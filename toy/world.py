@@ -21,6 +21,7 @@ SIZE, FRAMES = 64, 17
 COLOURS = {"red": (.88, .16, .16), "yellow": (.88, .82, .14), "green": (.14, .76, .22),
            "cyan": (.12, .78, .84), "blue": (.16, .30, .90), "magenta": (.82, .16, .84)}   # RGB in [0, 1]
 SHAPES = ("circle", "square", "triangle")
+AREAS = (math.pi, 4 * .9 ** 2, 3 * math.sqrt(3) * .65 ** 2)                               # of SHAPES at radius 1, px
 DIRECTIONS = {"right": (1., 0.), "down": (0., 1.), "left": (-1., 0.), "up": (0., -1.)}     # y points down
 ADVERBS = ("", "slowly", "quickly")
 SLOW, FAST, STILL = (.3, .9), (1.2, 2.2), (0., .2)  # px/frame
@@ -176,7 +177,7 @@ def count_blobs(mask: Tensor, steps: int = 22, most: int = 3) -> Tensor:
 
 def outline_match(mask: Tensor, position: Tensor, area: Tensor) -> Tensor:
     """IoU of a mask with each ideal silhouette of its own centroid and area, mean over frames.  -> [B, 3]"""
-    unit = torch.tensor([math.pi, 4 * .9 ** 2, 3 * math.sqrt(3) * .65 ** 2], device=mask.device)  # area at radius 1
+    unit = torch.tensor(AREAS, device=mask.device)
     scores = []
     for index in range(len(SHAPES)):
         shape = torch.full((len(mask),), index, device=mask.device)
