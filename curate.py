@@ -2,10 +2,10 @@
 
     python curate.py DIR --out clips.jsonl              # then: python train.py --videos clips.jsonl
 
-Every file is decoded once and measured small. Out fall cuts, fades, dissolves, wipes, black, repeated frames (telecine,
-animation on twos, slide shows, frozen streams), interlacing and uneven time stamps; black bars are cropped away. The
-rest is divided into clips as long as training reads them. Not found are pushes, where one picture shoves out the other,
-dissolves and wipes between fast pans, and wipes between wide black bars. A line of the list is one clip:
+Every file is decoded once and measured small. Out fall cuts, fades, dissolves, wipes, pushes, black, repeated frames
+(telecine, animation on twos, slide shows, frozen streams), interlacing and uneven time stamps; black bars are cropped
+away. The rest is divided into clips as long as training reads them. Not found are transitions of over a second or
+between fast pans, and wipes and pushes between wide black bars. A line of the list is one clip:
 
   file           relative to the list's folder where it lies under it, else absolute
   start, fps     seconds of the first frame, and the file's rate
@@ -54,7 +54,7 @@ CUT, CUT_RATIO = 15, 3   # PySceneDetect's AdaptiveDetector: change in HSV, and 
 BLACK = 12               # PySceneDetect's ThresholdDetector: mean level of a black frame
 BLEND_SPANS = 0.5, 1     # CHOICE: s between two frames that the one in the middle is compared with, see `blended`;
 BLEND = 8                # their mean change of level at least, and shares of that by which the middle may be off:
-FADE_BEND, WIPE_BEND, WIPE_AREA = .3, .2, .75  # of a fade; of a wipe, where this share of the picture changes
+FADE_BEND, WIPE_BEND, PUSH_BEND, WIPE_AREA = .3, .2, .25, .75  # and the share of the picture that a wipe changes
 STILL = 0.25             # ffmpeg's freezedetect, -60 dB of 255 levels; here of the cells that change most
 REPEAT = 0.2             # CHOICE: a frame that changes less than this share of those before and after repeats
 COMB, COMB_EVERY = 1.2, 3  # CHOICE: see `comb`; progressive pictures reach 0.9, grain 1. Telecine combs 2 frames of 5
@@ -101,17 +101,37 @@ def comb(luma, moving):
 
 
 def blended(first, middle, last):
-    """Is luma `middle` the mean of the others, as in a fade or dissolve, or in each place one of them, as in a wipe?
+    """Is luma `middle` the mean of the others, as in a fade, or in each place one of them, as in a wipe or a push?
 
     What moves is mostly neither: halfway it covers a third place. The exception is what sweeps over most of a still
-    picture. Away from cuts, real clips came no closer to WIPE_BEND than .22.
+    picture. Away from cuts, real clips came no closer to WIPE_BEND than .22 and to PUSH_BEND than .28.
     """
     change, before, after = np.abs(last - first), np.abs(middle - first), np.abs(last - middle)
     mean = change.mean()
-    fade = np.abs(middle - (first + last) / 2).mean() < FADE_BEND * mean
-    wipe = np.minimum(before, after).mean() < WIPE_BEND * mean and (change > 3).mean() > WIPE_AREA
+    if mean < BLEND:
+        return False
+    if np.abs(middle - (first + last) / 2).mean() < FADE_BEND * mean:
+        return True
     # What begins or stops to move is near one of them too, but everywhere the same one.
-    return mean > BLEND and (fade or wipe and min(before.mean(), after.mean()) > 0.3 * mean)
+    if min(before.mean(), after.mean()) < 0.3 * mean:
+        return False
+    wipe = np.minimum(before, after).mean() < WIPE_BEND * mean and (change > 3).mean() > WIPE_AREA
+    return wipe or pushed(first, middle, last)
+
+
+def pushed(first, middle, last):
+    """Is luma `middle` a part of `first` and beside it one of `last`, of which one or both have come from outside?"""
+    for turn in range(4):  # `last` comes from the right, or with the picture turned
+        a, m, b = (np.rot90(x, turn) for x in (first, middle, last))
+        a, m, b = (x[: len(x) // 8 * 8].reshape(8, 1, len(x) // 8, -1, 2).mean(axis=(2, 4)) for x in (a, m, b))
+        W = m.shape[2]
+        come, x = np.arange(W // 4, 3 * W // 4)[:, None], np.arange(W)  # px of `last` that are seen
+        going, coming = a[:, 0, np.minimum(x + come, W - 1)], b[:, 0, np.maximum(x + come - W, 0)]
+        for old, new in ((going, coming), (a, coming), (going, b)):  # a push; `last` covers `first`; or uncovers
+            off = np.abs(np.where(x < W - come, old, new) - m).mean(axis=(0, 2)).min()
+            if off < PUSH_BEND * np.abs(b - a).mean():
+                return True
+    return False
 
 
 def block_flow(a, b):
@@ -230,7 +250,7 @@ def faults(m):
     why[(content >= CUT) & (content >= CUT_RATIO * np.mean(around(content, 2, np.mean), axis=0))] = "cut"
     for i in np.flatnonzero(m["blend"]):
         n = m["blend"][i]
-        why[i - n : i + n + 1] = "fade, dissolve or wipe"
+        why[i - n : i + n + 1] = "fade, wipe or push"
     why[np.mean(m["rows"], axis=1) < BLACK] = "black"
     return why
 

@@ -1983,10 +1983,14 @@ KINDS = {  # frames, their rate, how many clips of 17 are in them, and what most
     "pillarbox": (F.pad(X[..., 20:-20], [20, 20], value=-0.9), 24, 2, "the rest of a run"),
     "cut": (torch.cat([X[:, :20], Y[:, :20]], 1), 24, 2, "the rest of a run"),
     "two cuts": (torch.cat([X[:, :15], Y[:, :15], X[:, 30:]], 1), 24, 0, "cut"),
-    "dissolve": (X.lerp(Y, RAMP), 24, 0, "fade, dissolve or wipe"),
-    "slow dissolve": (X.lerp(Y, torch.linspace(0, 1, 40).view(-1, 1, 1)), 24, 0, "fade, dissolve or wipe"),
-    "wipe": (torch.where(torch.arange(160) < 160 * RAMP, Y, X), 24, 0, "fade, dissolve or wipe"),
-    "fade": (X.lerp(torch.full_like(X, -1), RAMP), 24, 0, "fade, dissolve or wipe"),
+    "dissolve": (X.lerp(Y, RAMP), 24, 0, "fade, wipe or push"),
+    "slow dissolve": (X.lerp(Y, torch.linspace(0, 1, 40).view(-1, 1, 1)), 24, 0, "fade, wipe or push"),
+    "wipe": (torch.where(torch.arange(160) < 160 * RAMP, Y, X), 24, 0, "fade, wipe or push"),
+    "push": (torch.stack([torch.cat([x, y], 2)[..., (n := int(160 * r)) : n + 160]
+                          for x, y, r in zip(X.unbind(1), Y.unbind(1), RAMP)], 1), 24, 0, "fade, wipe or push"),
+    "cover": (torch.stack([torch.cat([y[:, 96 - (n := int(96 * r)) :], x[:, n:]], 1)
+                           for x, y, r in zip(X.unbind(1), Y.unbind(1), RAMP)], 1), 24, 0, "fade, wipe or push"),
+    "fade": (X.lerp(torch.full_like(X, -1), RAMP), 24, 0, "fade, wipe or push"),
     "slides": (torch.cat([X[:, :1], Y[:, :1]], 1).repeat_interleave(20, 1), 24, 0, "repeated frames"),
     "telecine": (X[:, [t * 4 // 5 for t in range(40)]], 30, 0, "repeated frames"),
     "on twos": (X[:, [t // 2 for t in range(40)]], 24, 0, "repeated frames"),
