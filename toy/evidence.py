@@ -61,11 +61,14 @@ ARMS = {
     "lurch_mogan": "--cycles 30 matched.patch",
     "lurch_learned": "--cycles 30 --discriminator_warmup 120 matched.patch real_roundtrip.patch",
     "lurch_twins": f"{LEARNS} --window 4 twins.patch real_roundtrip.patch",
+    "lurch_caption": f"{LEARNS} --window 4 named.patch real_roundtrip.patch caption.patch",
     # the balance of the two objectives, and their order
     "weak": "--cycles 30 --lambda_g .05",
     "strong": "--cycles 30 --lambda_g 5",
     "two": "--cycles 30 two_optimizers.patch",
     "gan_first": "--cycles 30 gan_first.patch",
+    "carried": "--dmd_warmup 30 --cycles 30",  # the generator's moments of DMD alone; reset: without
+    "reset": "--dmd_warmup 30 --cycles 30 reset_moments.patch",
 }
 EARLIER = {  # before windows reached the ends and the discriminator warmed up, whole, until it separates
     "before": "",
@@ -115,7 +118,7 @@ def patched(name, patches):
     shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns(*left))
     for patch in patches:
         file = next(folder / patch for folder in (REPO / "hacks", PATCHES) if (folder / patch).exists())
-        subprocess.run(["git", "apply", file], cwd=copy, check=True,
+        subprocess.run(["git", "apply", "-C1", file], cwd=copy, check=True,
                        env={**os.environ, "GIT_CEILING_DIRECTORIES": str(RUNS)})
     return copy
 
