@@ -431,6 +431,10 @@ def test_full_size_text_encoder_layouts(tmp_path, monkeypatch):
         assert context[0, len(ids):].abs().max() == 0
         assert (context[0, :len(ids)] - want).abs().max() < 0.05 * want.abs().max()
     assert torch.equal(official(prompts), hub(prompts))
+    file = tmp_path / "hub" / "text_encoder" / "config.json"
+    file.write_text(file.read_text().replace('"num_layers": 2', '"num_layers": 1000000000'))
+    with pytest.raises(ValueError, match="as many layers as .*hub has weights for, got 1000000000"):
+        load_text_encoder(tmp_path / "hub")
     file = tmp_path / "hub" / "tokenizer" / "tokenizer.json"
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(ValueError, match="tokenizer.json, which cannot be read"):
@@ -1828,6 +1832,10 @@ def test_errors_become_one_line(capsys, monkeypatch, error, status, line):
         files.write_tensors({"a": torch.zeros(10)}, Path("x.safetensors"))
     [told] = capsys.readouterr().err.splitlines()
     assert end.value.code == status and told.startswith(f"sample.py: {line}")
+    if isinstance(error, PermissionError):  # and where no write is under way
+        with pytest.raises(SystemExit), cli.one_line("x.py"):
+            raise error
+        assert capsys.readouterr().err.startswith("x.py: [Errno 13] Permission denied: 'x': choose another place")
 
 
 @pytest.mark.parametrize("command, told", [

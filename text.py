@@ -177,6 +177,8 @@ def load_text_encoder(path, device="cpu"):
     else:
         raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
                          "text_encoder/")
+    depth = config.get("num_layers")
+    expect(depth in range(len(state)), f"a text encoder of as many layers as {path} has weights for", depth)
     model = on_meta(lambda config: UMT5EncoderModel(UMT5Config(**config)), config, path)
     dtype = torch.bfloat16 if model.config.d_model == UMT5_XXL["d_model"] else torch.float32
     for key in state:  # one at a time: the official file is bf16, and stays the only copy, mapped from the disk
