@@ -83,6 +83,7 @@ import torch.nn.functional as F
 from torch._subclasses import FakeTensor, FakeTensorMode, fake_tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -283,6 +284,10 @@ def rehearse(cfg, rank, ranks, fake):
         with _disable_current_modes():  # which ranks there are is a value
             return setup(*args, **how)
 
+    def unseen(*args, of=ShardingPropagator._propagate_tensor_meta_non_cached):
+        with _disable_current_modes():  # DTensor tries an operator's first call on tensors of the unsharded shapes
+            return of(*args)
+
     def named(sums):
         name[:] = [next(iter(sums))]
         return global_means(sums)
@@ -300,7 +305,8 @@ def rehearse(cfg, rank, ranks, fake):
     with (mock.patch.dict(os.environ, {key: str(value) for key, value in environ.items()}),
           mock.patch.multiple(train, setup=on_a_real_mesh, global_means=named, adamw=stepping,
                               attention_backend=lambda *_: "chosen on a GPU"),
-          mock.patch.object(train.checkpoint, "Log", everything_loaded),
+          mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", unseen),
+          mock.patch.multiple(train.checkpoint, Log=everything_loaded, load=lambda *_: None),  # asks the disk for room
           mock.patch.object(train.Draw, "choice", lambda _, what, options: options // 2),  # the average, as in cost.py
           mock.patch.object(train.Draw, "uniform", lambda draw, _: torch.rand(len(draw.index))),
           mock.patch.object(FakeTensor, "tolist", lambda x: seen.tolist(x)),
