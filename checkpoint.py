@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from cli import expect, gathered, gb, print0, rank, world, writing
+from cli import expect, from_json, gathered, gb, print0, rank, world, writing
 from model import save_dit
 from weights import REPO, header
 
@@ -59,8 +59,8 @@ def damaged(path, what):
 def read_json(path):
     """The object in a checkpoint's file; ValueError if a power loss or a hand has left something else."""
     try:
-        value = json.loads(path.read_bytes().decode(errors="surrogateescape"))
-    except (ValueError, FileNotFoundError):
+        value = from_json(path.read_bytes().decode(errors="surrogateescape"))
+    except (ValueError, FileNotFoundError, NotADirectoryError):
         value = None
     if not isinstance(value, dict):
         raise damaged(path.parent, f"no settings or checksums in its {path.name}")
@@ -76,8 +76,14 @@ def begun_with(out):
 def start_of(cfg, last):
     """The cycle to start at of `last` in all; it says what a resumed run changes of its settings.
 
-    ValueError for what a run must end as it began, or if it has done more cycles than that.
+    ValueError for what a run must end as it began, if it has done more cycles than that, or in another's folder.
     """
+    try:
+        settings = from_json((Path(cfg.out) / "config.json").read_bytes())
+    except (ValueError, OSError):
+        settings = None  # none, or what a power loss has left
+    expect(not isinstance(settings, dict) or "preset" in settings, "an --out of the run's own",
+           f"{cfg.out}, in which something else keeps its config.json")
     (_, start), begun, changes = newest(cfg.out), begun_with(cfg.out), []
     for name, now in json.loads(as_json(cfg)).items():  # JSON has made lists of the run's tuples
         then = begun.get(name, now)
@@ -316,7 +322,7 @@ class Log:
             kept, lost = [], 0
             for line in path.read_bytes().split(b"\n"):
                 try:
-                    if json.loads(line)["cycle"] < start:
+                    if from_json(line)["cycle"] < start:
                         kept.append(line.decode() + "\n")
                 except (ValueError, TypeError, LookupError):
                     lost += len(line) > 0

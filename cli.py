@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import ctypes
 import inspect
+import json
 import os
 import re
 import shutil
@@ -125,6 +126,14 @@ def expect(ok, what, got):
     """Raise ValueError unless ok: what was expected, and what to do, against what came."""
     if not ok:
         raise ValueError(f"expected {what}, got {got}")
+
+
+def from_json(text):
+    """json.loads; ValueError also for what is nested deeper than it can follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("expected JSON, got too deep a nest of it") from None
 
 
 def gb(size):

@@ -145,7 +145,8 @@ def score_video(path, row, metrics):
 
 def score_folder(videos, metrics, log, bar=True):
     """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
-    known, rows = {row.get("video"): row for row in read_jsonl(log)}, []  # of a video's lines the last
+    whole = [row for row in read_jsonl(log) if row.keys() >= {"stamp", "weights", "scores", "skipped"}]
+    known, rows = {str(row.get("video")): row for row in whole}, []  # of a video's lines the last
     for path in tqdm(videos, desc=printable(log.stem), disable=None if bar else True):
         try:
             stamp = f"{fingerprint(path)} {path.stat().st_mtime_ns}"

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cli import from_json, writing
 from flow_viz import clip_beside_flow, common_scale
 from raft import video_flow
 from video import read_frames, write_video
@@ -33,6 +34,8 @@ CURVE_POINTS = 400      # a curve is thinned to about this many
 
 def fingerprint(path, end=2**16):
     """Size and hash of both ends of a file: tells it from another of its name without reading it whole."""
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise FileNotFoundError(f"{path}: no regular file")
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -46,7 +49,7 @@ def read_jsonl(path):
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+            rows.append(from_json(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -60,8 +63,9 @@ def write_page(path, page):
     """Write aside and rename: a page is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(page, encoding="utf-8", errors="backslashreplace")  # bytes of a name that are not UTF-8
-    part.replace(path)
+    with writing(path, len(page)):
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # bytes of a name that are not UTF-8
+        part.replace(path)
     return path
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import chosen_preset, expect, one_line, print0, rank, world
+from cli import chosen_preset, expect, from_json, one_line, print0, printable, rank, world
 from flow_viz import clip_beside_flow
 from model import few_step, few_step_times, load_dit, sample_noise, shift_time
 from raft import check_size, find_raft, load_raft, video_flow
@@ -209,7 +209,7 @@ def distilled_for(path):
     """{timesteps, shift} of a student whose header states them, as train.py's exports do; else {}."""
     text = header(path).get("sampler", "{}")
     try:
-        stated = json.loads(text)
+        stated = from_json(text)
         if stated:
             few_step_times(stated["timesteps"], stated["shift"])
         return dict(stated)
@@ -291,7 +291,7 @@ def is_done(path, comment, flow):
     """Whether a video is there, and its flow if wanted; one that is there but was made otherwise raises ValueError."""
     if path.exists() and comment_of(path) != comment:
         raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
-    return path.exists() and (not flow or flow_path(path).exists())
+    return path.exists() and (not flow or flow_path(path).exists() and flow_path(path).stat().st_size > 0)
 
 
 def flow_path(path):
@@ -342,7 +342,7 @@ def run(argv):
                 flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
                 write_video(flow_path(path), clip_beside_flow(x, flow), args.fps, comment)
             write_video(path, x, args.fps, comment)
-            tqdm.write(f"wrote {path}")
+            tqdm.write(printable(f"wrote {path}"))
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cli import fail, one_line, printable
+from cli import fail, from_json, one_line, printable
 from eval import bootstrap, find_videos, labels_of, show
 from report import as_base64, as_json, fill, fingerprint, write_page
 from text import prompt_of, read_prompts
@@ -75,7 +75,7 @@ def read_answers(paths):
     files = []
     for path in paths:
         try:
-            file = json.loads(path.read_text())
+            file = from_json(path.read_text())
             answers = [answer[name] for answer in file["answers"] for name in QUESTIONS]
             wrong = set(answers) - {"a", "b", "tie"}
             # What else a tally takes of it, so that a file without it is refused here.

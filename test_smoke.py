@@ -323,6 +323,28 @@ def test_prompts_are_encoded_once(tmp_path):
         load_text_encoder(tmp_path / "empty")
 
 
+def test_files_that_never_end_or_nest_too_deep(tmp_path):
+    os.mkfifo(pipe := tmp_path / "pipe.safetensors")
+    torch.save((itself := {}, itself.update(model=itself))[0], tmp_path / "itself.pt")
+    (tmp_path / "nest").write_text(nest := "[" * 10**5)
+    assert files.read_state_dict(tmp_path / "itself.pt") == ({}, {}) and report.read_jsonl(tmp_path / "nest") == []
+    tiny_text_encoder(tmp_path)
+    state, meta = files.read_state_dict(tmp_path / "text.safetensors")
+    huge = json.dumps({**json.loads(meta["config"]), "text_len": 10**9})
+    for header in dict(meta, config=huge), dict(meta, config=nest), dict(meta, vocab=json.dumps(list(range(99)))):
+        save_file(state, tmp_path / "text.safetensors", metadata=header)
+        with pytest.raises(ValueError, match="expected a config and a vocabulary"):
+            load_text_encoder(tmp_path)
+    clip_list = lambda path: read_clip_list(path, 1)
+    for bad, file in (files.read_state_dict, pipe), (report.fingerprint, pipe), (clip_list, "nest"):
+        with pytest.raises((ValueError, FileNotFoundError), match="no such file|no regular file|line 1: expected"):
+            bad(tmp_path / file)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanTransformer3DModel"}))
+    with pytest.raises(ValueError, match="something else keeps its config.json"):
+        checkpoint.start_of(train.Config(out=str(tmp_path)), 1)
+
+
+
 def test_only_prompts_that_a_run_draws_are_encoded(tmp_path):
     (tmp_path / "many.txt").write_text("".join(f"a red circle {i}\n" for i in range(500)))
     run(tiny_weights(tmp_path / "weights"), tmp_path / "run", "--prompts", str(tmp_path / "many.txt"), "--samples", "3")

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import html
-import json
 import os
 import re
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from cli import expect, print0
+from cli import expect, from_json, print0
 from video import open_video
 from weights import find_weights, load_strict, on_meta, read_state_dict, rename, write_tensors
 
@@ -67,7 +66,7 @@ def prompt_of(path):
     prompt, index = (found[1], int(found[2])) if found else (path.stem, 0)
     if CUT.search(prompt):
         with contextlib.suppress(ValueError, LookupError, TypeError, OSError):
-            prompt = str(json.loads(comment_of(path))["prompt"])
+            prompt = str(from_json(comment_of(path))["prompt"])
     return prompt, index
 
 
@@ -151,6 +150,14 @@ def load_tokenizer(folder):
     return lambda prompt: tokenizer.encode(prompt).ids
 
 
+def object_in(path):
+    """The JSON object in a file; ValueError for anything else there."""
+    try:
+        return dict(from_json(path.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"expected a JSON object in {path}") from None
+
+
 def load_text_encoder(path, device="cpu"):
     """The text encoder of a preset's folder: the toy's, Wan's official file, or diffusers' `text_encoder/`.
 
@@ -162,8 +169,10 @@ def load_text_encoder(path, device="cpu"):
     if toy.exists():
         state, meta = read_state_dict(toy)
         try:
-            config, words = json.loads(meta["config"]), json.loads(meta["vocab"])
+            config, words = from_json(meta["config"]), from_json(meta["vocab"])
             vocab, text_len = {word: i for i, word in enumerate(words)}, config.pop("text_len")
+            if not 0 < text_len < 2**16 or len(vocab) > config["vocab_size"]:
+                raise ValueError
         except (KeyError, ValueError, TypeError, AttributeError):
             raise ValueError(f"expected a config and a vocabulary, as JSON, in the header of {toy}") from None
         tokenize = functools.partial(words_to_ids, vocab=vocab)
@@ -172,7 +181,7 @@ def load_text_encoder(path, device="cpu"):
         tokenize = load_tokenizer(path / "google" / "umt5-xxl")
     elif (path / "text_encoder" / "config.json").exists():
         state = read_state_dict(path / "text_encoder")[0]
-        config, text_len = UMT5Config.from_pretrained(path / "text_encoder").to_dict(), 512
+        config, text_len = object_in(path / "text_encoder" / "config.json"), 512
         tokenize = load_tokenizer(path / "tokenizer")
     else:
         raise ValueError(f"expected a text encoder in {path}, found none of text.safetensors, {official.name}, "
@@ -221,6 +230,8 @@ def encode_prompts(prompts, path, cache, device="cpu"):
         out = []
         for prompt in batch:
             state, meta = read_state_dict(file_of(prompt))
+            expect("rows" in state and "text_len" in meta, f"a prompt's context in {file_of(prompt)}", "other "
+                   "tensors: delete it, it is made again")
             out.append(pad_context(state["rows"].float(), int(meta["text_len"])))
         return torch.stack(out)
     return read

@@ -8,7 +8,6 @@ Module attributes carry the official checkpoint's names (numbers included), so t
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from cli import from_json
 from weights import load_strict, official_vae, on_meta, read_state_dict, save_weights, stated_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,7 +415,7 @@ def vae_config(state, meta, path):
     dim, z_dim = len(state["encoder.conv1.weight"]), len(state["conv2.weight"])
     beside = path.parent / "config.json"
     try:
-        given = json.loads(beside.read_text()) if beside.exists() else {}
+        given = from_json(beside.read_text()) if beside.exists() else {}
         mean, std = given.get("latents_mean", WAN.latents_mean), given.get("latents_std", WAN.latents_std)
         torch.tensor([*mean, *std])
     except (ValueError, TypeError, AttributeError):

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import json
 import math
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cli import print0, writing
+from cli import from_json, print0, printable, writing
 from model import Draw, seed_of
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
@@ -326,13 +325,13 @@ def read_clip_list(path, frames):
     "fps", "crop": [top, left, height, width] or absent}; other keys are ignored. Raises ValueError for a bad line.
     """
     clips, most = [], 0
-    lines = [line for line in enumerate(Path(path).read_text("utf-8", "replace").splitlines(), 1) if line[1].strip()]
+    lines = [line for line in enumerate(Path(path).read_text("utf-8", "replace").split("\n"), 1) if line[1].strip()]
     for number, line in lines:
         try:
-            row = json.loads(line)
+            row = from_json(line)
             file, start, n, fps, k = (row[key] for key in ("file", "start", "frames", "fps", "stride"))
             file, crop = Path(path).parent / file, row.get("crop")
-            good = 0 <= start < 1e6 and 0 < fps < 1e3 and isinstance(n, int) and isinstance(k, int) and n > 0 < k
+            good = 0 <= start < 1e6 and 0 < fps < 1e3 and all(isinstance(v, int) and 0 < v < 1e6 for v in (n, k))
             good = good and (crop is None or len(crop) == 4 and min(crop[:2]) >= 0 and min(crop[2:]) >= 2)
         except (ValueError, TypeError, KeyError):
             good = False
@@ -427,7 +426,7 @@ def usable(loader, videos, frames, size, looked_at):
         for file, why in passed:
             runs[file] += 1
             if runs[file] == 1:
-                tqdm.write(f"skipped: {why} ({runs.total()} runs of {len(runs)} files so far)")
+                tqdm.write(printable(f"skipped: {why} ({runs.total()} runs of {len(runs)} files so far)"))
         if x is None:
             raise ValueError(f"expected videos of {frames} frames or more in {videos}, "
                              f"none of {len(loader.dataset.clips)} can be used")

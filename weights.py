@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import warnings
 import zipfile
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -18,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from cli import writing
+from cli import from_json, writing
 
 REPO = Path(__file__).resolve().parent
 WEIGHTS = {  # the folder of each preset; the full-size ones are the hub repositories' own layout
@@ -47,11 +48,11 @@ def find_weights(path, what="weights"):
         names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json",
                  "model.safetensors", "model.safetensors.index.json", "generator.safetensors",
                  "teacher.safetensors", "model.pt"]
-        found = [p / n for p in (path, path / "transformer") for n in names if (p / n).exists()]
+        found = [p / n for p in (path, path / "transformer") for n in names if (p / n).is_file()]
         if not found:
             raise ValueError(f"expected {what} in {path}: none of {', '.join(names[:2])}, ... is there")
         path = found[0]
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"expected {what} at {path}: no such file (to download: README, 'Full size')")
     return path
 
@@ -77,7 +78,7 @@ def read_state_dict(path, entry=None):
     path.open("rb").close()  # the libraries below call a file that may not be read cut short or missing
     try:
         if path.suffix == ".json":
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            shards = sorted(set(from_json(path.read_text())["weight_map"].values()))
         elif path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 state, meta = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
@@ -95,9 +96,10 @@ def read_state_dict(path, entry=None):
     if not isinstance(state, dict):
         raise ValueError(f"expected tensors by name in {path}, got a {type(state).__name__}")
     outer, found = state, None
-    while inner := {name: value for name, value in state.items() if isinstance(value, dict) and value}:
-        found = next((name for name in (entry, *WRAPPERS) if name in inner), None)
-        if not found:
+    for _ in WRAPPERS:  # no deeper: a dict may hold itself
+        inner = {name: value for name, value in state.items() if isinstance(value, dict) and value}
+        found = next((name for name in (entry, *WRAPPERS) if name in inner), found)
+        if found not in inner:
             break
         state = inner[found]
         if found == entry:
@@ -139,9 +141,9 @@ def stated_config(kind, meta, source):
     def as_tuple(value):
         return tuple(map(as_tuple, value)) if isinstance(value, list) else value
     try:
-        config = kind(**{name: as_tuple(value) for name, value in json.loads(meta["config"]).items()})
+        config = kind(**{name: as_tuple(value) for name, value in from_json(meta["config"]).items()})
         values = [(getattr(config, field.name), field.type) for field in fields(kind)]
-        if all(isinstance(v, expected) and (expected is tuple or 0 <= v < 2**16) for v, expected in values):
+        if all(isinstance(v, expected) and (expected is tuple or 0 <= v < 2**14) for v, expected in values):
             return config
     except (ValueError, TypeError, AttributeError):
         pass
@@ -151,7 +153,7 @@ def stated_config(kind, meta, source):
 def on_meta(kind, config, source):
     """A network of this kind without values yet; ValueError if a file's config makes none."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):  # of sizes of 0
             return kind(config)
     except Exception as error:
         raise ValueError(f"expected a config of which a network can be made in {source}, got {str(config)[:200]} "

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from cli import one_line                                                                           # noqa: E402
 from discriminator import PROMPT, MotionDiscriminator, motion_tensor                               # noqa: E402
 from model import load_dit                                                                         # noqa: E402
 from raft import load_raft, video_flow                                                             # noqa: E402
@@ -90,4 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("alone.py"):
+        main()

@@ -29,6 +29,7 @@ import torch
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO))
 
+from cli import from_json, one_line  # noqa: E402
 from flow_viz import flow_legend, flow_to_color  # noqa: E402
 from model import load_dit  # noqa: E402
 from raft import load_raft, video_flow  # noqa: E402
@@ -138,9 +139,12 @@ def train(name, flags, seed):
 
 
 def read_results():
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not isinstance(results, dict):
-        sys.exit(f"evidence.py: expected figures by arm in {RESULTS}, got a {type(results).__name__}: move it away")
+    try:
+        results = from_json(RESULTS.read_text()) if RESULTS.exists() else {}
+    except ValueError:
+        results = None
+    if not isinstance(results, dict) or not all(isinstance(row, dict) for row in results.values()):
+        sys.exit(f"evidence.py: expected figures by arm in {RESULTS}, got something else: move it away")
     return results
 
 
@@ -316,4 +320,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("evidence.py"):
+        main()

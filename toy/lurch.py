@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from cli import one_line                                                                           # noqa: E402
 from model import add_noise, load_dit, save_dit                                                    # noqa: E402
 from toy.fit import fit                                                                            # noqa: E402
 from toy.make_weights import ALONE, DEVICE, DMD, WEIGHTS, context_table, few_step_clips            # noqa: E402
@@ -85,4 +86,5 @@ def twins(out: Path) -> list:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    with one_line("lurch.py"):
+        make(Path(sys.argv[1]))

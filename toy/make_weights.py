@@ -39,6 +39,7 @@ from torch import Tensor
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from cli import one_line                                                                           # noqa: E402
 from model import CONFIGS as DITS, WanDiT, add_noise, few_step, few_step_times                     # noqa: E402
 from model import load_dit, sample_noise, save_dit, shift_time                                     # noqa: E402
 from raft import CONFIGS as RAFTS, RAFT, save_raft                                                 # noqa: E402
@@ -494,4 +495,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("make_weights.py"):
+        main()
