@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -168,9 +169,11 @@ def fail(script, line, status=2):
 
 def stdout_is_closed():
     """Whether nobody reads what is printed, as after `| head`; then what is yet unprinted goes nowhere."""
-    try:
+    with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
-    except BrokenPipeError:
+    pipe = select.poll()
+    pipe.register(1, 0)
+    if any(event & select.POLLERR for _, event in pipe.poll(0)):  # PYTHONUNBUFFERED leaves nothing for a flush to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return True
 
@@ -196,6 +199,8 @@ def one_line(script):
             fail(script, f"out of memory: {LESS_MEMORY.get(script, 'close other programs')} ({line[:200]})")
         if isinstance(error, PermissionError):
             line += ": choose another place (--out, of sample.py also --cache), or run as its owner"
+        if sys.flags.optimize > 1 and "docstring" in line:  # transformers reads its own
+            line += ": run it without -OO"
         if isinstance(error, RuntimeError):
             raise
         fail(script, line)

@@ -42,7 +42,7 @@ from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import expect, fail, one_line, printable
+from cli import expect, fail, one_line, printable, writing
 from report import read_jsonl, write_page
 from video import (FPS, RATES, TOLERANCE, UNEVEN, check_rate, frame_rate, open_video, stride_of, timed_frames,
                    upright_size, video_files)
@@ -439,8 +439,9 @@ def curate(args):
     with open(log, "ab") as out:
         jobs = [file for file in files if str(file) not in old]
         for record in in_parallel(partial(examine, frames=args.frames), jobs, args.workers, "files"):
-            out.write(b"\n" + json.dumps(record).encode())  # a killed run may have left half a line
-            out.flush()
+            with writing(log):
+                out.write(b"\n" + json.dumps(record).encode())  # a killed run may have left half a line
+                out.flush()
             old[record["file"]] = record
             if record["error"]:
                 tqdm.write(printable(f"skipped: {record['error']}"))

@@ -189,15 +189,15 @@ class Attention(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.heads = cfg.heads
+        self.head_dim = cfg.dim // cfg.heads
         self.q, self.k, self.v, self.o = (nn.Linear(cfg.dim, cfg.dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(cfg.dim, cfg.eps), RMSNorm(cfg.dim, cfg.eps)
 
     def forward(self, x, context=None, rope=None):
         context = x if context is None else context
-        q = self.norm_q(self.q(x)).unflatten(2, (self.heads, -1))                 # [B, L, N, d]
-        k = self.norm_k(self.k(context)).unflatten(2, (self.heads, -1))
-        v = self.v(context).unflatten(2, (self.heads, -1))
+        q = self.norm_q(self.q(x)).unflatten(2, (-1, self.head_dim))              # [B, L, N, d]
+        k = self.norm_k(self.k(context)).unflatten(2, (-1, self.head_dim))
+        v = self.v(context).unflatten(2, (-1, self.head_dim))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         # Which kernel that is, `attention_backend` tells. FlashAttention 3, where its package is installed:
