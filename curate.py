@@ -436,12 +436,11 @@ def curate(args):
            if dict(frames=args.frames, error="", **stamp(file)).items() <= old.get(str(file), {}).items()}
     if old:
         print(printable(f"{len(old)} of {len(files)} files are known from {log}"))
-    with open(log, "ab") as out:
+    with open(log, "ab", buffering=0) as out:
         jobs = [file for file in files if str(file) not in old]
         for record in in_parallel(partial(examine, frames=args.frames), jobs, args.workers, "files"):
             with writing(log):
                 out.write(b"\n" + json.dumps(record).encode())  # a killed run may have left half a line
-                out.flush()
             old[record["file"]] = record
             if record["error"]:
                 tqdm.write(printable(f"skipped: {record['error']}"))
