@@ -53,6 +53,7 @@ ARMS = {
     "speed_weaker": "--cycles 30 --discriminator_warmup 0 --lambda_g .2 speed_reward.patch",
     "named": f"{LEARNS} named.patch",
     "caption": f"{LEARNS} named.patch caption.patch",
+    "caption_90": f"{LEARNS} --cycles 90 named.patch caption.patch",
     "matched": "--cycles 30 matched.patch",
     # files of 24 fps: read at native frames, and as the frame on show every 1/16 s
     "native": "--cycles 30 native.patch",
@@ -63,6 +64,7 @@ ARMS = {
     "lurch_learned": "--cycles 30 --discriminator_warmup 120 matched.patch real_roundtrip.patch",
     "lurch_twins": f"{LEARNS} --window 4 twins.patch real_roundtrip.patch",
     "lurch_caption": f"{LEARNS} --window 4 named.patch real_roundtrip.patch caption.patch",
+    "lurch_caption_90": f"{LEARNS} --cycles 90 --window 4 named.patch real_roundtrip.patch caption.patch",
     # the balance of the two objectives, and their order
     "weak": "--cycles 30 --lambda_g .05",
     "strong": "--cycles 30 --lambda_g 5",
@@ -97,11 +99,12 @@ COLUMNS = {  # figures of world.measure, and how the tables call them; NAME_fast
 FIGURES = [*(key for key in COLUMNS if not key.endswith("_fast")), "net_speed", "wander", "jitter", "alternation",
            "plain_speed", "quickly", "colour", "direction"]
 CONTROLS = {"student": ("teacher", "mogan_30", "native", "speed_reward", "speed_weak", "speed_weaker", "matched",
-                        "named", "caption"),
-            "speed_reward": ("mogan_30", "native"), "speed_weak": ("mogan_30", "native", "caption"),
-            "speed_weaker": ("caption",), "native": ("stutter",), "named": ("caption",),
-            "lurch_student": ("lurch_twins",),
-            "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned", "lurch_twins"),
+                        "named", "caption", "caption_90"),
+            "speed_reward": ("mogan_30", "native"), "speed_weak": ("mogan_30", "native", "caption", "caption_90"),
+            "speed_weaker": ("caption",), "native": ("stutter",), "named": ("caption",), "caption": ("caption_90",),
+            "lurch_student": ("lurch_twins", "lurch_caption", "lurch_caption_90"),
+            "lurch_dmd": ("lurch_student", "lurch_mogan", "lurch_learned", "lurch_twins", "lurch_caption",
+                          "lurch_caption_90"), "lurch_caption": ("lurch_caption_90",), "carried": ("reset",),
             "mogan_30": ("native", "weak", "strong", "two", "gan_first"),
             "dmd": ("before", "no_dmd", "no_r", "latent_gan"), "before": ("r_strong", "roundtrip"),
             "before_30": ("r_printed", "t_random", "algorithm", "first_window", "scale_1", "scale_9", "two_optimizers",
