@@ -41,11 +41,16 @@ def printable(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def say(line):
+    """A line on the screen, above a progress bar if there is one."""
+    tqdm.write(printable(line))
+    sys.stdout.flush()
+
+
 def print0(line):
-    """A line on rank 0's screen, above a progress bar if there is one."""
+    """`say` on rank 0 alone."""
     if rank() == 0:
-        tqdm.write(printable(line))
-        sys.stdout.flush()
+        say(line)
 
 
 def setup(ranks=0, cpu=False):

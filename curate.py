@@ -42,7 +42,7 @@ from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import expect, fail, one_line, printable, writing
+from cli import expect, fail, one_line, say, writing
 from report import read_jsonl, write_page
 from video import (FPS, RATES, TOLERANCE, UNEVEN, check_rate, frame_rate, open_video, stride_of, timed_frames,
                    upright_size, video_files)
@@ -430,12 +430,12 @@ def curate(args):
     files = [Path(os.path.abspath(file)) for file in video_files(args.folder)]
     log, home = args.out.with_suffix(".files"), Path(os.path.abspath(args.out.parent))
     home.mkdir(parents=True, exist_ok=True)
-    whole = [row for row in read_jsonl(log) if row.keys() >= {"clips", "lost"}]
-    old = {str(row.get("file")): row for row in whole}  # of them, files that could not be used are tried again
+    old = {str(row["file"]): row for row in read_jsonl(log, "file", "clips", "lost")}
+    # Of them, files that could not be used are tried again.
     old = {str(file): old[str(file)] for file in files
            if dict(frames=args.frames, error="", **stamp(file)).items() <= old.get(str(file), {}).items()}
     if old:
-        print(printable(f"{len(old)} of {len(files)} files are known from {log}"))
+        say(f"{len(old)} of {len(files)} files are known from {log}")
     with open(log, "ab", buffering=0) as out:
         jobs = [file for file in files if str(file) not in old]
         for record in in_parallel(partial(examine, frames=args.frames), jobs, args.workers, "files"):
@@ -443,7 +443,7 @@ def curate(args):
                 out.write(b"\n" + json.dumps(record).encode())  # a killed run may have left half a line
             old[record["file"]] = record
             if record["error"]:
-                tqdm.write(printable(f"skipped: {record['error']}"))
+                say(f"skipped: {record['error']}")
     records = [old[str(file)] for file in files]
     lines = []
     for record in records:
@@ -455,7 +455,7 @@ def curate(args):
     write_contact_sheet(args.out.with_suffix(".html"), records, args)
     expect(lines, "videos with a clip to list", f"none in {len(files)} files: see {args.out.with_suffix('.html')}")
     write_page(args.out, "\n".join(lines) + "\n")
-    print(printable(f"wrote {args.out}; look at {args.out.with_suffix('.html')}"))
+    say(f"wrote {args.out}; look at {args.out.with_suffix('.html')}")
 
 
 def main(argv=None):

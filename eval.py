@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import fail, one_line, printable, rank, world
+from cli import fail, one_line, printable, rank, say, world
 from metrics import FILES, FOLDER, find_file, load_metrics
 from raft import load_raft
 from report import fingerprint, read_jsonl, read_run, write_report
@@ -145,8 +145,8 @@ def score_video(path, row, metrics):
 
 def score_folder(videos, metrics, log, bar=True):
     """Rows of the videos, in order: what `log` has is taken from there, the rest is computed and appended to it."""
-    whole = [row for row in read_jsonl(log) if row.keys() >= {"stamp", "weights", "scores", "skipped"}]
-    known, rows = {str(row.get("video")): row for row in whole}, []  # of a video's lines the last
+    whole = read_jsonl(log, "video", "stamp", "weights", "scores", "skipped")
+    known, rows = {str(row["video"]): row for row in whole}, []  # of a video's lines the last
     for path in tqdm(videos, desc=printable(log.stem), disable=None if bar else True):
         try:
             stamp = f"{fingerprint(path)} {path.stat().st_mtime_ns}"
@@ -163,7 +163,7 @@ def score_folder(videos, metrics, log, bar=True):
                 score_video(path, row, metrics)
             except ValueError as error:
                 row["error"] = str(error)
-                tqdm.write(printable(f"left out: {error}"))
+                say(f"left out: {error}")
         if json.dumps(row) != before:
             write_line(log, row)
         scores = row["scores"]
@@ -379,7 +379,7 @@ def evaluate(args):
     rafts = load_rafts(args.raft, args.weights, device)  # after the metrics, whose download may bring one
     runs |= over_cycles(labels, rows, columns)
     path = write_report(args.out, labels, rows, found, notes, columns, rafts, args.flow_rows, runs, args.embed_mb)
-    print(printable(f"report: {path}"))
+    say(f"report: {path}")
     empty = [label for label, here in zip(labels, rows) if not any(row["scores"] for row in here)]
     if empty:
         raise ValueError(f"no video of {printable(', '.join(empty))} has a score, for the reasons above")

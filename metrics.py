@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 
 from amt import load_amt
-from cli import printable
+from cli import say
 from musiq import load_musiq
 from raft import load_raft, pad_to_cells
 from report import fingerprint
@@ -187,7 +187,7 @@ def fetch(file, source, digest, folder, download):
             torch.hub.download_url_to_file(address, path, digest)  # aside, checked, then renamed
             return path
         except Exception as error:  # offline, blocked, moved: for the caller all of them are a missing file
-            print(f"{file}: no download ({printable(str(error))})")
+            say(f"{file}: no download ({error})")
     raise ValueError(f"no weights: {file}, get it from {address} and put it into {folder}")
 
 
@@ -230,5 +230,5 @@ def load_metrics(names, folder, download, device):
             # The id is kept with every score: other weights, and the score is computed anew.
             out[name] = load_metric(name, paths, device), " ".join(f"{p.name}: {fingerprint(p)}" for p in paths)
         except (ValueError, OSError) as error:
-            print(f"{name}: left out, {printable(str(error).splitlines()[0])}")
+            say(f"{name}: left out, {str(error).splitlines()[0]}")
     return out

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from cli import from_json, writing
 from flow_viz import clip_beside_flow, common_scale
 from raft import video_flow
-from video import read_frames, write_video
+from video import is_made, read_frames, write_video
 from weights import REPO
 
 PICTURE_SIDE = 416      # px, longer side of the clips in flow pictures
@@ -44,13 +44,13 @@ def fingerprint(path, end=2**16):
         return f"{size} {hashlib.md5(head + file.read()).hexdigest()[:16]}"
 
 
-def read_jsonl(path):
-    """The objects of a jsonl file, none if it is not there; skips what a kill or a power loss left of a line."""
+def read_jsonl(path, *keys):
+    """The objects of a jsonl file that have these keys, none if it is not there; skips what a kill left of a line."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.exists() else []:
         with contextlib.suppress(ValueError):
             rows.append(from_json(line))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= set(keys)]
 
 
 def fill(template, **parts):
@@ -114,7 +114,7 @@ def draw_row(rafts, cells, folder):
     stamps = [cell["stamp"] for cell in cells]
     keys = ["\n".join([stamp, raft.stamp, *stamps]) for stamp in stamps]
     names = [hashlib.md5(key.encode()).hexdigest()[:16] + ".mp4" for key in keys]
-    if not all((folder / name).exists() and (folder / name).stat().st_size for name in names):
+    if not all(is_made(folder / name) for name in names):
         pictures = [clip_and_flow(raft, cell) for cell in cells]
         scale = common_scale([flow for _, flow in pictures])  # in a row one colour means one speed
         for cell, name, (x, flow) in zip(cells, names, pictures):

@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import chosen_preset, expect, from_json, one_line, print0, printable, rank, world
+from cli import chosen_preset, expect, from_json, one_line, print0, rank, say, world
 from flow_viz import clip_beside_flow
 from model import few_step, few_step_times, load_dit, sample_noise, shift_time
 from raft import check_size, find_raft, load_raft, video_flow
 from text import NEGATIVE_PROMPT, comment_of, encode_prompts, file_stem, read_prompts
 from vae import load_vae
-from video import write_video
+from video import is_made, write_video
 from weights import REPO, WEIGHTS, header
 
 TOY = dict(height=64, width=64, frames=17, fps=16.0, timesteps=(1000, 857, 600), batch_size=16)
@@ -291,7 +291,7 @@ def is_done(path, comment, flow):
     """Whether a video is there, and its flow if wanted; one that is there but was made otherwise raises ValueError."""
     if path.exists() and comment_of(path) != comment:
         raise ValueError(f"{path} is there, made with other settings: use another --out_dir, or remove it")
-    return path.exists() and (not flow or flow_path(path).exists() and flow_path(path).stat().st_size > 0)
+    return path.exists() and (not flow or is_made(flow_path(path)))
 
 
 def flow_path(path):
@@ -342,7 +342,7 @@ def run(argv):
                 flow = video_flow(raft, x[None].clamp(-1, 1).to(args.device))[0].cpu()
                 write_video(flow_path(path), clip_beside_flow(x, flow), args.fps, comment)
             write_video(path, x, args.fps, comment)
-            tqdm.write(printable(f"wrote {path}"))
+            say(f"wrote {path}")
 
 
 def main(argv=None):

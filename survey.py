@@ -16,7 +16,7 @@ import os
 import shutil
 from pathlib import Path
 
-from cli import fail, from_json, one_line, printable
+from cli import fail, from_json, one_line, say
 from eval import bootstrap, find_videos, labels_of, show
 from report import as_base64, as_json, fill, fingerprint, write_page
 from text import prompt_of, read_prompts
@@ -146,7 +146,7 @@ def main(argv=None):
         prompts = set(read_prompts(args.prompts)) if args.prompts else set()
         pairs = pair_up(*(find_videos(folder, prompts) for folder in args.paths))
         path = write_survey(args.out, labels_of(args.paths), pairs, args.embed_mb)
-        print(printable(f"survey of {len(pairs)} pairs: {path}"))
+        say(f"survey of {len(pairs)} pairs: {path}")
 
 
 if __name__ == "__main__":

@@ -344,7 +344,6 @@ def test_files_that_never_end_or_nest_too_deep(tmp_path):
         checkpoint.start_of(train.Config(out=str(tmp_path)), 1)
 
 
-
 def test_only_prompts_that_a_run_draws_are_encoded(tmp_path):
     (tmp_path / "many.txt").write_text("".join(f"a red circle {i}\n" for i in range(500)))
     run(tiny_weights(tmp_path / "weights"), tmp_path / "run", "--prompts", str(tmp_path / "many.txt"), "--samples", "3")

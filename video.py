@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from av.video.reformatter import Interpolation
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from cli import from_json, print0, printable, writing
+from cli import from_json, print0, say, writing
 from model import Draw, seed_of
 
 SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi")
@@ -46,6 +45,11 @@ def write_video(path, x, fps, comment=""):
             part.rename(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_made(path):
+    """Whether a file that is written whole is there; a power loss may leave it empty."""
+    return path.exists() and path.stat().st_size > 0
 
 
 def encode_h264(path, images, fps, comment):
@@ -426,7 +430,7 @@ def usable(loader, videos, frames, size, looked_at):
         for file, why in passed:
             runs[file] += 1
             if runs[file] == 1:
-                tqdm.write(printable(f"skipped: {why} ({runs.total()} runs of {len(runs)} files so far)"))
+                say(f"skipped: {why} ({runs.total()} runs of {len(runs)} files so far)")
         if x is None:
             raise ValueError(f"expected videos of {frames} frames or more in {videos}, "
                              f"none of {len(loader.dataset.clips)} can be used")

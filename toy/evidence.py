@@ -42,7 +42,7 @@ WEIGHTS, RUNS, RESULTS = REPO / "toy" / "weights", REPO / "runs" / "evidence", R
 LURCH, PATCHES = RUNS / "lurch", REPO / "toy" / "patches"
 START = "--dmd_warmup 0 --discriminator_warmup 0 --cycles 0 --fake_warmup 50"
 FIXED = ("renders", "vae", "teacher", "student", "lurch_teacher", "lurch_student")  # nothing to train
-LEARNS = "--cycles 30 --discriminator_warmup 300 --discriminator_batch 24"  # from all rollouts, for as long as it takes
+LEARNS = "--discriminator_warmup 300 --discriminator_batch 24"  # from all rollouts, for as long as it takes
 ARMS = {
     "mogan": "",
     "dmd": "--dmd_warmup 120 --discriminator_warmup 0 --cycles 0",  # as many generator updates as mogan's 2 x 60
@@ -53,9 +53,9 @@ ARMS = {
     "speed_weaker": "--cycles 30 --discriminator_warmup 0 --lambda_g .2 speed_reward.patch",
     "speed_weaker_90": "--cycles 90 --discriminator_warmup 0 --lambda_g .2 speed_reward.patch",
     "mogan_90": "--cycles 90",
-    "named": f"{LEARNS} named.patch",
-    "caption": f"{LEARNS} named.patch caption.patch",
-    "caption_90": f"{LEARNS} --cycles 90 named.patch caption.patch",
+    "named": f"--cycles 30 {LEARNS} named.patch",
+    "caption": f"--cycles 30 {LEARNS} named.patch caption.patch",
+    "caption_90": f"--cycles 90 {LEARNS} named.patch caption.patch",
     "matched": "--cycles 30 matched.patch",
     # files of 24 fps: read at native frames, and as the frame on show every 1/16 s
     "native": "--cycles 30 native.patch",
@@ -64,9 +64,9 @@ ARMS = {
     "lurch_dmd": "--dmd_warmup 60 --discriminator_warmup 0 --cycles 0",
     "lurch_mogan": "--cycles 30 matched.patch",
     "lurch_learned": "--cycles 30 --discriminator_warmup 120 matched.patch real_roundtrip.patch",
-    "lurch_twins": f"{LEARNS} --window 4 twins.patch real_roundtrip.patch",
-    "lurch_caption": f"{LEARNS} --window 4 named.patch real_roundtrip.patch caption.patch",
-    "lurch_caption_90": f"{LEARNS} --cycles 90 --window 4 named.patch real_roundtrip.patch caption.patch",
+    "lurch_twins": f"--cycles 30 {LEARNS} --window 4 twins.patch real_roundtrip.patch",
+    "lurch_caption": f"--cycles 30 {LEARNS} --window 4 named.patch real_roundtrip.patch caption.patch",
+    "lurch_caption_90": f"--cycles 90 {LEARNS} --window 4 named.patch real_roundtrip.patch caption.patch",
     # the balance of the two objectives, and their order
     "weak": "--cycles 30 --lambda_g .05",
     "strong": "--cycles 30 --lambda_g 5",
